@@ -1,0 +1,88 @@
+"""Trains a CIPS generator, on a Ray cluster or in this process; started again, it goes on where it was.
+
+    python -m jobs.train --config demo
+    python -m jobs.train --config ffhq256 data.uri=s3://bucket/ffhq256 run.dir=s3://bucket/runs cluster.address=auto
+    python -m jobs.train --config demo cluster.backend=local tracking.enabled=false    # no Ray, no MLflow
+    python -m jobs.train --config ffhq256 --dry-run                                    # what it would be
+
+The run's folder, run.dir/run.name, holds config.yaml, log.jsonl, sample sheets and checkpoints. The best generator
+becomes a version of tracking.model_name; jobs.promote decides whether it becomes the champion.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jobs.cli import failing_clearly, parse
+from pipeline.config import Config, to_yaml
+from pipeline.models.summary import summary_table
+from pipeline.storage import join, write_bytes
+from pipeline.training.loop import Outcome
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training left behind."""
+
+    outcome: Outcome
+    tracking_run: str | None
+    """Id of the MLflow run; None without tracking."""
+    version: str | None
+    """The registered version of `tracking.model_name`; None without tracking."""
+
+
+@failing_clearly
+def main(argv: Sequence[str] | None = None) -> None:
+    config, args = parse(__doc__, argv)
+    if args.dry_run:
+        print(summary_table(config.model, config.train.patch.size))
+        return
+    done = run(config)
+    print(f"trained {done.outcome.images_seen / 1000:g} kimg; checkpoint {done.outcome.checkpoint}")
+    for result in done.outcome.results:
+        print(f"{result['metric']} {result['value']:.2f}")
+    if done.version:
+        print(f"registered {config.tracking.model_name} version {done.version} (MLflow run {done.tracking_run})")
+        print(f"make it the champion: python -m jobs.promote --config {args.config} {' '.join(args.overrides)}")
+
+
+def run(config: Config) -> Trained:
+    """Trains; records the run and registers its best generator where tracking is enabled."""
+    config.plan()  # names what is missing before anything starts
+    write_bytes(join(config.run_uri, "config.yaml"), to_yaml(config).encode(), config.storage)
+    if not config.tracking.enabled:
+        return Trained(train(config, None), None, None)
+    from pipeline.tracking.recording import recorded, register_best
+
+    with recorded(config) as tracking_run:
+        outcome = train(config, tracking_run)
+        version = register_best(config, tracking_run)
+    return Trained(outcome, tracking_run, version)
+
+
+def train(config: Config, tracking_run: str | None) -> Outcome:
+    """The training alone, where `cluster.backend` says."""
+    if config.cluster.backend == "ray":
+        from pipeline.cluster.training import train_on_ray
+
+        return train_on_ray(config, tracking_run)
+    return train_locally(config, tracking_run)
+
+
+def train_locally(config: Config, tracking_run: str | None) -> Outcome:
+    """The same loop in this process."""
+    from pipeline.training.local import local_device, train_here
+
+    observers, evaluate = [], None
+    if tracking_run is not None:
+        from pipeline.tracking.observer import RunObserver
+
+        observers.append(RunObserver(config, tracking_run))
+    if config.train.evaluate_kimg is not None:
+        from pipeline.evaluation.distance import DistanceMeter
+
+        evaluate = DistanceMeter(config.evaluate, config.data, config.storage, config.statistics_uri, local_device())
+    return train_here(config.plan(), observers, evaluate)
+
+
+if __name__ == "__main__":
+    main()

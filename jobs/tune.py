@@ -1,0 +1,51 @@
+"""Searches hyperparameters: a training per point of a grid over any settings, on Ray Tune.
+
+    python -m jobs.tune --config demo --space patches                        # a packaged search space
+    python -m jobs.tune --config ffhq256 --space my-space.yaml run.name=sweep cluster.address=auto
+    python -m jobs.tune --config demo --space patches --dry-run              # the list of trials
+
+A space is a YAML file: `space: {train.patch.size: [16, 32], train.learning_rate: [0.001, 0.002]}`. Trials are
+compared by tune.metric at equal images seen; in MLflow they are child runs of one parent.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from jobs.cli import failing_clearly, parse
+from pipeline.config import Config, ConfigError, trials
+from pipeline.models.summary import summary_table
+
+
+def _space(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--space", metavar="PRESET_OR_FILE", help="a packaged search space or a YAML file")
+
+
+@failing_clearly
+def main(argv: Sequence[str] | None = None) -> None:
+    config, args = parse(__doc__, argv, _space)
+    if not config.tune.space:
+        raise ConfigError("there is nothing to try: give --space, or tune.space in the config")
+    if args.dry_run:
+        print(summary_table(config.model, config.train.patch.size))
+        for number, point in enumerate(trials(config)):
+            print(f"{config.run.name}-{number:03d}  {point}")
+        return
+    run(config)
+
+
+def run(config: Config) -> None:
+    """Runs the search and prints its table, the best trial first."""
+    from pipeline.cluster.search import search, table, trial_configs
+
+    if not config.tracking.enabled:
+        print(table(search(config, {}), config.tune.metric))
+        return
+    from pipeline.tracking.recording import recorded, recorded_trials
+
+    with recorded(config) as parent, recorded_trials(trial_configs(config), parent) as run_ids:
+        print(table(search(config, run_ids), config.tune.metric))
+        print(f"MLflow: run {parent} with its {len(run_ids)} child runs at {config.tracking_uri}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""A grid search on Ray Tune: one Ray Train run per trial, compared at equal images seen."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ray import tune
+from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from pipeline.cluster.session import ray_session
+from pipeline.cluster.training import build_trainer, root_cause
+from pipeline.config import Config, absolute, replaced, trials
+from pipeline.storage import is_remote, join
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of the grid and what came of it."""
+
+    name: str
+    point: dict[str, Any]
+    """Dotted keys to the values of this trial."""
+    value: float | None
+    """The last value of `tune.metric`; None where the trial failed."""
+    kimg: float
+    error: str | None = None
+
+
+def trial_configs(config: Config) -> list[Config]:
+    """The configuration of each trial: named after the search, and measured at least at its end."""
+    if config.train.evaluate_kimg is None:
+        config = replaced(config, {"train.evaluate_kimg": config.train.total_kimg})
+    return [
+        replaced(config, point | {"run.name": f"{config.run.name}-{number:03d}"})
+        for number, point in enumerate(trials(config))
+    ]
+
+
+def search(config: Config, run_ids: dict[str, str]) -> list[Trial]:
+    """Runs every trial of `tune.space` and returns them, the best first and the failed last.
+
+    Args:
+        run_ids: the MLflow run of each trial by its name; empty without tracking.
+    """
+    configs, points = trial_configs(config), trials(config)
+    notes = None if is_remote(config.run.dir) else join(absolute(config.run.dir), ".ray")
+    with ray_session(config.cluster):
+        tuner = tune.Tuner(
+            # The trial only drives: a reserved CPU could starve the workers that it waits for.
+            tune.with_resources(_trial, {"CPU": 0}),
+            param_space={
+                "number": tune.grid_search(list(range(len(configs)))),
+                "configs": [each.anchored().model_dump(mode="json") for each in configs],
+                "run_ids": run_ids,
+            },
+            tune_config=tune.TuneConfig(max_concurrent_trials=config.tune.max_concurrent),
+            run_config=tune.RunConfig(name=f"{config.run.name}-search", storage_path=notes, verbose=1),
+        )
+        results = {int(result.config["number"]): result for result in tuner.fit()}
+    found = []
+    for number, (trial, point) in enumerate(zip(configs, points, strict=True)):
+        metrics = results[number].metrics or {}
+        error = str(results[number].error).strip().splitlines()[-1] if results[number].error else None
+        value = None if error else metrics.get(config.tune.metric)
+        found.append(Trial(trial.run.name, point, value, metrics.get("images_seen", 0) / 1000, error))
+    return ranked(found, config.tune.mode)
+
+
+def ranked(found: list[Trial], mode: str) -> list[Trial]:
+    """The best first, trials without a value last."""
+    sign = 1.0 if mode == "min" else -1.0
+    return sorted(found, key=lambda trial: (trial.value is None, sign * (trial.value or 0.0), trial.name))
+
+
+def table(found: list[Trial], metric: str) -> str:
+    """The trials as aligned text: name, values of the space, metric, kimg."""
+    keys = list(found[0].point) if found else []
+    rows = [["trial", *keys, metric, "kimg"]]
+    for trial in found:
+        value = "failed" if trial.value is None else f"{trial.value:.2f}"
+        rows.append([trial.name, *(str(trial.point[key]) for key in keys), value, f"{trial.kimg:g}"])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines + [f"{trial.name}: {trial.error}" for trial in found if trial.error])
+
+
+def _trial(settings: dict[str, Any]) -> None:
+    """One trial's driver: a training like any other, its reports handed on to Tune."""
+    config = Config.model_validate(settings["configs"][settings["number"]])
+    try:
+        build_trainer(config, settings["run_ids"].get(config.run.name), (TuneReportCallback(),)).fit()
+    except TrainingFailedError as failure:
+        raise RuntimeError(root_cause(failure)) from None

@@ -1,0 +1,56 @@
+"""This process's connection to a Ray cluster: a running one, or a new one on this machine."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import ray
+
+from pipeline.config import ClusterConfig
+
+
+class ClusterError(RuntimeError):
+    """The cluster could not be reached, or a job on it failed."""
+
+
+@contextlib.contextmanager
+def ray_session(cluster: ClusterConfig) -> Iterator[None]:
+    """Connects to `cluster.address`, else to RAY_ADDRESS, else starts head and workers here; ends what it began.
+
+    Inside a process that is connected already (a Tune trial, a test) nothing is started or ended.
+
+    Raises:
+        ClusterError: there is no cluster at the address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    # Train polls its workers in this rhythm; each report waits for a poll.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(cluster.health_check_interval_s))
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(cluster.worker_start_timeout_s))
+    address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+    try:
+        if address == "local":
+            # Two workers fit a machine of one core too, only slower.
+            needed = cluster.workers * cluster.cpus_per_worker
+            print(f"starting Ray on this machine for {cluster.workers} workers", flush=True)
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, needed),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        else:
+            print(f"connecting to the Ray cluster at {address}", flush=True)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ValueError) as cause:
+        raise ClusterError(
+            f"no Ray cluster answers at {address}: {cause}\nStart one with `ray up ray_cluster.yaml` or "
+            "`ray start --head`, or leave cluster.address empty for one on this machine"
+        ) from cause
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,109 @@
+"""The driver's side of the record: one MLflow run a training, however often it restarts, and the model it leaves."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+from pipeline.config import Config, to_yaml
+from pipeline.data.manifest import read_manifest
+from pipeline.evaluation.protocol import Result
+from pipeline.storage import MissingError, join, mlflow_environment, read_bytes, write_bytes
+from pipeline.tracking.registry import log_model, register
+from pipeline.tracking.runs import TrainingData, end_run, open_run
+from pipeline.training.checkpoint import (
+    GENERATOR,
+    CheckpointError,
+    CheckpointInfo,
+    checkpoint_folder,
+    list_checkpoints,
+    read_info,
+)
+
+NOTE = "tracking.json"  # in the run's folder: which MLflow run belongs to it
+
+
+@contextmanager
+def recorded(config: Config, tags: Mapping[str, str] | None = None) -> Iterator[str]:
+    """Opens the MLflow run of a training, the same one each time it is started again, and ends it.
+
+    Yields its id. The run ends as FINISHED, FAILED or KILLED. A server that cannot be reached is an error here, at
+    the start, where somebody looks; later it only delays log lines.
+    """
+    uri, note = config.tracking_uri, join(config.run_uri, NOTE)
+    try:
+        known = json.loads(read_bytes(note, config.storage))
+    except MissingError:
+        known = {}
+    manifest = read_manifest(config.data.uri, config.storage) if config.data.uri else None
+    run_id = open_run(
+        uri,
+        config.tracking.experiment,
+        config.run.name,
+        config.model_dump(mode="json"),
+        tags,
+        data=TrainingData("train", config.data.uri, manifest.digest) if manifest else None,
+        config_yaml=to_yaml(config),
+        run_id=known.get("run_id") if known.get("uri") == uri else None,
+        environment=mlflow_environment(config.storage),
+    )
+    write_bytes(note, json.dumps({"uri": uri, "run_id": run_id}).encode(), config.storage)
+    status = "FAILED"
+    try:
+        yield run_id
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        end_run(uri, run_id, status)
+
+
+@contextmanager
+def recorded_trials(configs: Sequence[Config], parent: str) -> Iterator[dict[str, str]]:
+    """Opens a child run for each trial of a search; yields run name to run id."""
+    with ExitStack() as stack:
+        yield {
+            config.run.name: stack.enter_context(recorded(config, {"mlflow.parentRunId": parent})) for config in configs
+        }
+
+
+def register_best(config: Config, run_id: str) -> str:
+    """Logs the best kept checkpoint's generator with its distances and registers it; returns the version.
+
+    The best is the one with the smallest distance under the last checkpoint's protocol, else the last.
+    """
+    images_seen, info = best_checkpoint(config)
+    folder = checkpoint_folder(config.run_uri, images_seen)
+    logged = log_model(
+        config.tracking_uri,
+        run_id,
+        read_bytes(join(folder, GENERATOR), config.storage),
+        info.config["model"],
+        [Result.from_dict(result) for result in info.results],
+        images_seen,
+        environment=mlflow_environment(config.storage),
+    )
+    tags = {"run": config.run.name, "checkpoint": folder, "dataset_digest": info.dataset_digest}
+    return register(config.tracking_uri, logged, config.tracking.model_name, tags)
+
+
+def best_checkpoint(config: Config) -> tuple[int, CheckpointInfo]:
+    """Images seen and index of the run's best checkpoint."""
+    found = [
+        (images_seen, read_info(checkpoint_folder(config.run_uri, images_seen), config.storage))
+        for images_seen in list_checkpoints(config.run_uri, config.storage)
+    ]
+    if not found:
+        raise CheckpointError(f"{config.run_uri} holds no checkpoint to register")
+    last = found[-1]
+    if not last[1].results:
+        return last
+    protocol = last[1].results[-1]["protocol"]
+    scored = [
+        (result["value"], images_seen, info)
+        for images_seen, info in found
+        for result in info.results
+        if result["protocol"] == protocol
+    ]
+    value, images_seen, info = min(scored, key=lambda row: row[:2])
+    return images_seen, info

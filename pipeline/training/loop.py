@@ -1,0 +1,290 @@
+"""The training loop, the same in one process and in every worker of a cluster.
+
+Images seen is the only clock (promise 1): ticks, checkpoints and evaluations fall on counts of images.
+"""
+
+import contextlib
+import math
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.data.manifest import Manifest, read_manifest
+from pipeline.data.stream import DataConfig, DataStream, read_images
+from pipeline.models.build import ModelConfig
+from pipeline.models.cips import Generator
+from pipeline.models.sampling import sample_sheet
+from pipeline.pictures import tile
+from pipeline.randomness import flips
+from pipeline.storage import StorageConfig
+from pipeline.training.checkpoint import (
+    check_same_training,
+    checkpoint_folder,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    read_info,
+    save_checkpoint,
+)
+from pipeline.training.observers import Observer, RunFolder, Tick
+from pipeline.training.settings import TrainConfig
+from pipeline.training.state import TrainState, build_state
+from pipeline.training.step import Updates
+from pipeline.training.world import World
+
+Evaluate = Callable[[Generator, int], dict[str, Any]]
+"""Measures the averaged generator at a count of images; all workers call it together and get the same result."""
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss became infinite or not a number."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a training is: plain data, the same for every worker."""
+
+    folder: str
+    """<run.dir>/<run.name>, local or s3://."""
+    seed: int
+    train: TrainConfig
+    model: ModelConfig
+    data: DataConfig
+    storage: StorageConfig
+    resolved: dict[str, Any]
+    """The whole configuration, for the checkpoint."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training came to."""
+
+    images_seen: int
+    checkpoint: str
+    """Folder of the last checkpoint."""
+    seconds: float
+    """Time in the loop of this process, evaluations and checkpoints included."""
+    resumed_from: int
+    results: list[dict[str, Any]]
+    """The last distances, each with its protocol; empty if none was asked for."""
+
+
+def train(
+    plan: Plan,
+    world: World,
+    device: torch.device,
+    observers: Sequence[Observer] = (),
+    evaluate: Evaluate | None = None,
+) -> Outcome:
+    """Trains from the latest checkpoint in the run's folder, or from nothing, to `train.total_kimg`.
+
+    Args:
+        observers: told by rank 0 what happens.
+        evaluate: called where `train.evaluate_kimg` asks for it.
+
+    Raises:
+        CheckpointError: the folder holds another training.
+        TrainingDiverged: a loss is not finite.
+    """
+    if plan.train.evaluate_kimg is not None and evaluate is None:
+        raise ValueError("train.evaluate_kimg is set, but this process was given nothing to evaluate with")
+    manifest = read_manifest(plan.data.uri, plan.storage)
+    check_size(manifest, plan.model)
+    state = build_state(plan.model, plan.train, plan.seed, device)
+    resumed_from = resume(plan, state, manifest.digest, world)
+    return _Loop(plan, world, device, list(observers), evaluate, manifest, state).run(resumed_from)
+
+
+def check_size(manifest: Manifest, model: ModelConfig) -> None:
+    """Refuses a data set whose pictures are not of the model's size."""
+    if (manifest.height, manifest.width) != (model.size, model.size):
+        raise ValueError(
+            f"model.size is {model.size}, but the data set holds pictures of {manifest.width}x{manifest.height}; "
+            f"set model.size={manifest.width} or ingest with ingest.size={model.size}"
+        )
+
+
+def resume(plan: Plan, state: TrainState, digest: str, world: World) -> int:
+    """Loads the latest complete checkpoint; returns its count of images, 0 where there is none."""
+    latest = (list_checkpoints(plan.folder, plan.storage) or [-1])[-1] if world.rank == 0 else -1
+    latest = world.agree(latest)  # workers may see a bucket at different moments
+    if latest < 0:
+        return 0
+    folder = checkpoint_folder(plan.folder, latest)
+    info = read_info(folder, plan.storage)
+    check_same_training(info, plan.resolved, digest, folder)
+    load_checkpoint(folder, state, info, plan.storage)
+    return latest
+
+
+class _Loop:
+    """The loop's few variables, so that each step of it is a short function."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        world: World,
+        device: torch.device,
+        observers: list[Observer],
+        evaluate: Evaluate | None,
+        manifest: Manifest,
+        state: TrainState,
+    ) -> None:
+        self.plan, self.world, self.device, self.evaluate = plan, world, device, evaluate
+        self.manifest, self.state = manifest, state
+        self.updates = Updates(plan.train, plan.model, plan.seed, state, world, device)
+        self.observers = observers if world.rank == 0 else []
+        if world.rank == 0:
+            self.observers.append(RunFolder(plan.folder, plan.storage, state.images_seen))
+        self.results: list[dict[str, Any]] = []
+        self.began = self.tick_time = time.perf_counter()
+        self.tick_images, self.tick_wait = state.images_seen, 0.0
+
+    def run(self, resumed_from: int) -> Outcome:
+        plan, state = self.plan, self.state
+        total = plan.train.total_images
+        with contextlib.ExitStack() as stack:
+            for observer in self.observers:
+                stack.callback(observer.close)
+            stream = stack.enter_context(self._stream())
+            if state.images_seen == 0:
+                self._show_reals()
+                self._boundary(stream)
+            while state.images_seen < total:
+                self.updates(next(stream))
+                if self._due(plan.train.tick_kimg, plan.train.checkpoint_kimg, plan.train.evaluate_kimg):
+                    self._boundary(stream)
+        return Outcome(
+            state.images_seen,
+            checkpoint_folder(plan.folder, state.images_seen),
+            time.perf_counter() - self.began,
+            resumed_from,
+            self.results or self._last_results(),
+        )
+
+    def _stream(self) -> DataStream:
+        plan = self.plan
+        return DataStream(
+            self.manifest,
+            plan.data,
+            plan.storage,
+            seed=plan.seed,
+            batch_size=plan.train.batch_size,
+            positions=self.updates.share,
+            images_seen=self.state.images_seen,
+            flips=(lambda seen, positions: flips(plan.seed, seen, positions)) if plan.data.flip else None,
+            device=self.device,
+        )
+
+    def _due(self, *periods_kimg: float | None) -> bool:
+        """Whether one of the periods, or the training, ends here."""
+        seen, train = self.state.images_seen, self.plan.train
+        periods = [train.period(kimg) for kimg in periods_kimg if kimg is not None]
+        return seen >= train.total_images or any(seen % period == 0 for period in periods)
+
+    def _boundary(self, stream: DataStream) -> None:
+        """Looks at the losses, then evaluates, saves and tells, as far as each is due here."""
+        train, seen = self.plan.train, self.state.images_seen
+        scalars = self.updates.scalars()
+        if not all(math.isfinite(value) for value in scalars.values()):
+            raise TrainingDiverged(self._divergence(scalars))
+        evaluated = train.evaluate_kimg is not None and self._due(train.evaluate_kimg)
+        if evaluated and self.evaluate is not None:
+            self.results = [self.evaluate(self.state.average, seen)]
+        results = self.results if evaluated else []
+        # Told first: once a checkpoint stands, nothing before it will be told again.
+        if self.world.rank == 0:
+            self._tell(stream, scalars, results)
+        if self._due(train.checkpoint_kimg):
+            self._save(results)
+        self.tick_time, self.tick_images, self.tick_wait = time.perf_counter(), seen, stream.wait_seconds
+
+    def _save(self, results: list[dict[str, Any]]) -> None:
+        plan, seen = self.plan, self.state.images_seen
+        if self.world.rank == 0:
+            save_checkpoint(
+                plan.folder,
+                self.state,
+                config=plan.resolved,
+                dataset_digest=self.manifest.digest,
+                results=results,
+                storage=plan.storage,
+            )
+            folder = checkpoint_folder(plan.folder, seen)
+            for observer in self.observers:
+                observer.checkpoint(folder, seen, results)
+            prune_checkpoints(plan.folder, plan.train.keep_checkpoints, self._best(), plan.storage)
+        self.world.barrier()
+
+    def _best(self) -> int | None:
+        """Images seen of the checkpoint with the lowest distance so far, under the protocol of the last one."""
+        if self.plan.train.evaluate_kimg is None:
+            return None
+        scored = []
+        for images_seen in list_checkpoints(self.plan.folder, self.plan.storage):
+            info = read_info(checkpoint_folder(self.plan.folder, images_seen), self.plan.storage)
+            scored += [
+                (result["value"], images_seen)
+                for result in info.results
+                if self.results and result["protocol"] == self.results[-1]["protocol"]
+            ]
+        return min(scored)[1] if scored else None
+
+    def _tell(self, stream: DataStream, scalars: dict[str, float], results: list[dict[str, Any]]) -> None:
+        plan, seen = self.plan, self.state.images_seen
+        columns, rows = plan.train.grid
+        sheet = sample_sheet(self.state.average, columns, rows, seed=plan.seed)
+        elapsed = time.perf_counter() - self.tick_time
+        tick = Tick(
+            images_seen=seen,
+            total_images=plan.train.total_images,
+            seconds=time.perf_counter() - self.began,
+            images_per_second=(seen - self.tick_images) / elapsed,
+            wait_share=(stream.wait_seconds - self.tick_wait) / elapsed,
+            memory_gb=peak_memory_gb(self.device),
+            scalars=scalars,
+            results=results,
+        )
+        for observer in self.observers:
+            observer.tick(tick)
+            observer.sheet("samples", seen, sheet)
+
+    def _show_reals(self) -> None:
+        columns, rows = self.plan.train.grid
+        if self.world.rank == 0:
+            count = min(columns * rows, self.manifest.samples)
+            chosen = np.linspace(0, self.manifest.samples - 1, count).astype(np.int64)
+            batches = read_images(self.manifest, self.plan.data, self.plan.storage, chosen, count)
+            sheet = tile(np.concatenate([batch.cpu().numpy() for batch in batches]), columns)
+            for observer in self.observers:
+                observer.sheet("reals", 0, sheet)
+
+    def _last_results(self) -> list[dict[str, Any]]:
+        """The distances that the last checkpoint carries: a finished run that is started again knows them."""
+        folder = checkpoint_folder(self.plan.folder, self.state.images_seen)
+        return read_info(folder, self.plan.storage).results
+
+    def _divergence(self, scalars: dict[str, float]) -> str:
+        bad = ", ".join(f"{name}={value}" for name, value in scalars.items() if not math.isfinite(value))
+        saved = list_checkpoints(self.plan.folder, self.plan.storage)
+        good = (
+            f"the last good checkpoint is {checkpoint_folder(self.plan.folder, saved[-1])}"
+            if saved
+            else ("there is no checkpoint yet")
+        )
+        return (
+            f"the losses are not finite between {self.tick_images} and {self.state.images_seen} images ({bad}); "
+            f"{good}. Try a larger train.r1_gamma, a smaller train.learning_rate or train.precision=fp32"
+        )
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory of the device (CUDA) or of this process (CPU), in GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

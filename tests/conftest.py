@@ -1,0 +1,21 @@
+"""Fixtures that several rooms share."""
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+
+from tests.servers import S3Server, s3_server
+
+# The same examples on every run, and no limit of time for one: a busy machine is not a failure.
+settings.register_profile("steady", deadline=None, derandomize=True)
+settings.load_profile("steady")
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """A real S3 server; the environment of the session points to it, so `StorageConfig()` reaches it."""
+    with s3_server() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        yield server

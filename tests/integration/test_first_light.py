@@ -1,0 +1,157 @@
+"""The whole way through real servers: S3, MLflow over HTTP, two Ray nodes, a worker killed in between.
+
+Pictures are ingested to S3; two workers on two nodes train from it and keep their checkpoints there; one is killed;
+the run goes on, is measured, registered, promoted, loaded in a new process and asked for pictures.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+
+from jobs import evaluate, ingest, promote, train
+from pipeline.cluster.follow import read_restarts
+from pipeline.config import Config, load_config, to_yaml
+from pipeline.training.checkpoint import list_checkpoints
+from pipeline.training.observers import read_log
+from tests.mlflow_server import mlflow_server
+from tests.ray_nodes import ray_nodes
+from tests.servers import S3Server
+from tests.small import small_pictures
+
+pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow]
+
+SMALL = [
+    "model.size=16",
+    "model.width=8",
+    "model.latent=8",
+    "model.mapping_layers=2",
+    "model.discriminator.channel_base=128",
+    "model.discriminator.channel_max=16",
+    "train.batch_size=8",
+    "train.precision=fp32",
+    "train.r1_gamma=1",
+    "train.tick_kimg=0.08",
+    "train.checkpoint_kimg=0.4",
+    "train.grid=[2,2]",
+    "evaluate.images=64",
+    "evaluate.input_size=32",
+    "cluster.workers=2",
+    "cluster.threads_per_worker=1",
+    "cluster.health_check_interval_s=0.5",
+    "tracking.model_name=first-light",
+]
+
+
+def kill_a_worker_after(config: Config, images_seen: int, done: threading.Event) -> None:
+    """Waits until the run's log has reached a count of images, then kills one of its worker processes."""
+    while not done.wait(0.2):
+        log = read_log(config.run_uri, config.storage)
+        if log and log[-1]["images_seen"] >= images_seen:
+            os.kill(max(processes("RayTrainWorker")), signal.SIGKILL)
+            return
+
+
+def processes(title: str) -> list[int]:
+    """Process ids whose command line holds a text; Ray names its workers after their class."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if title in path.read_bytes().decode(errors="replace"):
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_first_light(s3: S3Server, tmp_path: Path) -> None:
+    bucket = s3.new_bucket()
+    pictures = small_pictures(tmp_path / "pictures", 80)
+    (pictures / "broken.jpg").write_bytes((pictures / "000.png").read_bytes()[:100])
+    with mlflow_server(tmp_path) as server, ray_nodes(2, cpus=1) as address:
+        config = load_config(
+            None,
+            [
+                *SMALL,
+                f"ingest.source={pictures}",
+                f"data.uri=s3://{bucket}/data",
+                f"run.dir=s3://{bucket}/runs",
+                "run.name=light",
+                f"cluster.address={address}",
+                f"tracking.uri={server.uri}",
+                "train.total_kimg=4",
+                "train.evaluate_kimg=4",
+            ],
+        )
+        report = ingest.run(config)
+        assert (report.samples, [skipped.path for skipped in report.skipped]) == (80, ["broken.jpg"])
+
+        done = threading.Event()
+        killer = threading.Thread(target=kill_a_worker_after, args=(config, 800, done))
+        killer.start()
+        try:
+            trained = train.run(config)
+        finally:
+            done.set()
+            killer.join()
+
+        # The kill happened, cost a restart, and left neither a gap nor a second MLflow run.
+        assert len(read_restarts(config.run_uri, config.storage)) == 1
+        assert trained.outcome.resumed_from >= 400
+        assert trained.outcome.images_seen == 4000
+        assert list_checkpoints(config.run_uri, config.storage)[-1] == 4000
+        log = read_log(config.run_uri, config.storage)
+        assert [line["images_seen"] for line in log] == list(range(0, 4001, 80))
+        client = MlflowClient(server.uri)
+        (experiment,) = [e for e in client.search_experiments() if e.name == config.tracking.experiment]
+        (run,) = client.search_runs([experiment.experiment_id])
+        assert (run.info.run_id, run.info.status) == (trained.tracking_run, "FINISHED")
+        steps = {metric.step for metric in client.get_metric_history(run.info.run_id, "loss/D")}
+        assert steps == set(range(80, 4001, 80))
+        assert run.data.params["train.batch_size"] == "8"
+        assert run.inputs.dataset_inputs[0].dataset.digest == report.digest[:36]
+
+        # Measured again by tasks over the cluster, the distance is the one that training saw.
+        again = evaluate.run(config)
+        assert again.value == pytest.approx(trained.outcome.results[0]["value"], rel=1e-3)
+        assert again.protocol.to_dict() == trained.outcome.results[0]["protocol"]
+
+        assert trained.version == "1"
+        assert "is the champion" in promote.run(config)
+        drawn = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "jobs.synthesize",
+                "samples",
+                "--config",
+                write_config(tmp_path, config),
+                "synthesize.model=models:/first-light@champion",
+                f"synthesize.out={tmp_path}/samples.png",
+                "synthesize.images=6",
+                "synthesize.columns=3",
+                "synthesize.size=32",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert drawn.returncode == 0, drawn.stderr
+        with Image.open(tmp_path / "samples.png") as sheet:
+            assert sheet.size == (3 * 33 - 1, 2 * 33 - 1)
+            assert np.asarray(sheet).std() > 1
+
+        # Started again, the finished run does nothing but say so.
+        assert train.train(config, trained.tracking_run).resumed_from == 4000
+
+
+def write_config(folder: Path, config: Config) -> str:
+    """The configuration as a file for another process."""
+    (folder / "config.yaml").write_text(to_yaml(config))
+    return str(folder / "config.yaml")

@@ -1,0 +1,57 @@
+"""A grid over two settings, patch size among them: a Train run per trial, one MLflow parent, a sorted table."""
+
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from jobs import tune
+from pipeline.config import load_config
+from tests.mlflow_server import sqlite_uri
+from tests.ray_nodes import ray_nodes
+from tests.small import small_data
+
+pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow]
+
+
+def test_a_grid_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = small_data(tmp_path)
+    uri = sqlite_uri(tmp_path)
+    config = load_config(
+        None,
+        [
+            "run.name=grid",
+            f"run.dir={tmp_path}/runs",
+            f"data.uri={data.uri}",
+            "data.decoder=pillow",
+            "model.size=16",
+            "model.width=8",
+            "model.latent=8",
+            "model.mapping_layers=2",
+            "model.discriminator.channel_base=128",
+            "model.discriminator.channel_max=16",
+            "train.total_kimg=0.032",
+            "train.batch_size=8",
+            "train.grid=[2,2]",
+            "evaluate.images=32",
+            "evaluate.input_size=32",
+            "cluster.health_check_interval_s=0.5",
+            f"tracking.uri={uri}",
+            "tune.space={train.patch.size: [8, null], train.learning_rate: [0.002]}",
+        ],
+    )
+    with ray_nodes(1, cpus=1) as address:
+        tune.run(config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": address})}))
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines() if line.startswith("grid-0")]
+    assert {row[0] for row in rows} == {"grid-000", "grid-001"}
+    assert [float(row[3]) for row in rows] == sorted(float(row[3]) for row in rows)
+    assert all(row[4] == "0.032" for row in rows)
+    client = MlflowClient(uri)
+    (experiment,) = [e for e in client.search_experiments() if e.name == "cips"]
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"grid", "grid-000", "grid-001"}
+    for name in ("grid-000", "grid-001"):
+        assert runs[name].data.tags["mlflow.parentRunId"] == runs["grid"].info.run_id
+        assert "fd_efficientnet_lite0" in runs[name].data.metrics
+        assert runs[name].info.status == "FINISHED"

@@ -1,0 +1,120 @@
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.data.decode import DaliDecoder, DecodeError, Decoder, PillowDecoder, make_decoder
+from tests.pictures import encoded, pixels
+
+CPU = torch.device("cpu")
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    "png": ("PNG", {}),
+    "jpeg 4:4:4": ("JPEG", {"quality": 95, "subsampling": "4:4:4"}),
+    "jpeg 4:2:0": ("JPEG", {"quality": 85, "subsampling": "4:2:0"}),
+    "webp": ("WEBP", {"quality": 80}),
+    "webp lossless": ("WEBP", {"lossless": True}),
+}
+
+
+def dali(size: int, batch_size: int) -> Decoder:
+    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+    return DaliDecoder(size, size, batch_size, 1, CPU)
+
+
+def pillow(size: int, batch_size: int) -> Decoder:
+    return PillowDecoder(size, size, CPU)
+
+
+both = pytest.mark.parametrize("make", [dali, pillow])
+Make = Callable[[int, int], Decoder]
+
+
+def batch(count: int, size: int, name: str = "png") -> list[np.ndarray]:
+    kind, options = FORMATS[name]
+    return [np.frombuffer(encoded(number, size, kind, **options), dtype=np.uint8) for number in range(count)]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_dali_and_pillow_agree(name: str) -> None:
+    pictures = batch(8, 48, name)
+    flips = np.array([False, True] * 4)
+    difference = dali(48, 8).decode(pictures, flips).int() - pillow(48, 8).decode(pictures, flips).int()
+    assert difference.abs().float().mean() <= (0 if "png" in name or "lossless" in name else 2)
+
+
+@both
+def test_pixels_and_flips_are_right(make: Make) -> None:
+    pictures = batch(5, 32)
+    flips = np.array([False, True, True, False, True])
+    decoder = make(32, 5)
+    decoded = decoder.decode(pictures, flips)
+    assert decoded.dtype == torch.uint8 and decoded.shape == (5, 32, 32, 3)
+    for one, picture, flip in zip(decoded.numpy(), pictures, flips, strict=True):
+        expected = pixels(picture)
+        assert np.array_equal(one, expected[:, ::-1] if flip else expected)
+        assert not np.array_equal(one, expected if flip else expected[:, ::-1])
+
+
+@both
+def test_smaller_batches_and_earlier_results(make: Make) -> None:
+    pictures = batch(6, 32)
+    decoder = make(32, 6)
+    none = np.zeros(6, dtype=bool)
+    results = [decoder.decode(pictures[:count], none[:count]) for count in (6, 1, 4, 6)]
+    whole = np.stack([pixels(picture) for picture in pictures])
+    for count, result in zip((6, 1, 4, 6), results, strict=True):  # the decoder has not written over them
+        assert np.array_equal(result.numpy(), whole[:count])
+    decoder.close()
+    assert np.array_equal(results[0].numpy(), whole)
+
+
+def test_more_pictures_than_agreed_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 pictures.*built for 2"):
+        dali(32, 2).decode(batch(3, 32), np.zeros(3, dtype=bool))
+
+
+@both
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_corrupt_picture_is_named_and_the_next_batch_is_fine(make: Make, name: str) -> None:
+    pictures = batch(5, 32, name)
+    decoder = make(32, 5)
+    none = np.zeros(5, dtype=bool)
+    for bad in (pictures[3][: len(pictures[3]) // 3], np.frombuffer(b"no picture at all", dtype=np.uint8)):
+        with pytest.raises(DecodeError, match="cannot be decoded") as caught:
+            decoder.decode([*pictures[:3], bad, pictures[4]], none)
+        assert caught.value.position == 3
+    assert decoder.decode(pictures, none).shape == (5, 32, 32, 3)
+
+
+@both
+def test_a_picture_of_another_size_is_named(make: Make) -> None:
+    pictures = [*batch(2, 32), *batch(1, 40), *batch(1, 32)]
+    words = r"has shape \(40, 40, 3\), the manifest says \(32, 32, 3\)"
+    with pytest.raises(DecodeError, match=words) as caught:
+        make(32, 4).decode(pictures, np.zeros(4, dtype=bool))
+    assert caught.value.position == 2
+
+
+def test_absent_dali_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(ImportError, match=r"cips-pipeline\[dali\].*data.decoder=pillow"):
+        make_decoder("dali", 8, 8, 1, 1, CPU)
+    assert isinstance(make_decoder("pillow", 8, 8, 1, 1, CPU), PillowDecoder)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", FORMATS)
+def test_dali_on_the_gpu_agrees_with_pillow(name: str) -> None:
+    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+    device = torch.device("cuda", 0)
+    pictures, flips = batch(8, 48, name), np.array([False, True] * 4)
+    decoder = make_decoder("dali", 48, 48, 8, 1, device)
+    results = [decoder.decode(pictures, flips) for _ in range(3)]
+    assert results[0].device == device
+    expected = pillow(48, 8).decode(pictures, flips).int()
+    for result in results:
+        assert (result.cpu().int() - expected).abs().float().mean() <= (0 if "png" in name else 2)

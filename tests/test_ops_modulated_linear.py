@@ -1,0 +1,88 @@
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.ops.modulated_linear import modulated_linear, modulated_linear_reference
+
+B, P, I, O = 3, 70, 24, 20  # noqa: E741
+CASES = [(shared, demodulate) for shared in (False, True) for demodulate in (False, True)]
+
+
+def inputs(dtype: torch.dtype, shared: bool, points: int = P) -> list[Tensor]:
+    torch.manual_seed(0)
+    shapes = [(points, I) if shared else (B, points, I), (I, O), (B, I), (O,), (B, points)]
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).detach().abs().max() / b.detach().abs().max())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize(("shared", "demodulate"), CASES)
+def test_fast_form_equals_equation_2_forward_and_backward(
+    dtype: torch.dtype, tolerance: float, shared: bool, demodulate: bool
+) -> None:
+    arguments = inputs(dtype, shared)
+    fast = modulated_linear(*arguments, demodulate=demodulate, gain=1.3)
+    reference = modulated_linear_reference(*arguments, demodulate=demodulate, gain=1.3)
+    assert fast.shape == (B, P, O)
+    assert relative(fast, reference) < tolerance
+    weight = torch.randn_like(fast)
+    for a, b in zip(
+        torch.autograd.grad(fast, arguments, weight),
+        torch.autograd.grad(reference, arguments, weight),
+        strict=True,
+    ):
+        assert relative(a, b) < tolerance
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_bias_and_noise_are_optional(shared: bool) -> None:
+    x, weight, style, bias, noise = inputs(torch.float64, shared)
+    plain = modulated_linear(x, weight, style)
+    torch.testing.assert_close(modulated_linear(x, weight, style, bias), plain + bias)
+    torch.testing.assert_close(modulated_linear(x, weight, style, None, noise), plain + noise[:, :, None])
+    torch.testing.assert_close(modulated_linear(x, weight, style, bias, noise[:1]), plain + bias + noise[:1, :, None])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_twice_differentiable(shared: bool) -> None:
+    arguments = [argument.detach()[..., :4] for argument in inputs(torch.float64, shared, points=5)]
+    arguments[1], arguments[4] = arguments[1][:4], inputs(torch.float64, shared, points=5)[4].detach()
+    arguments = [argument.clone().requires_grad_(True) for argument in arguments]
+    assert torch.autograd.gradgradcheck(modulated_linear, tuple(arguments))
+
+
+def test_demodulation_gives_unit_variance() -> None:
+    torch.manual_seed(1)
+    x = torch.randn(2, 20_000, 64)
+    weight, style = torch.randn(64, 32) * 7.0, torch.rand(2, 64) * 3.0 + 0.1
+    y = modulated_linear(x, weight, style)
+    assert y.square().mean((1, 2)).sub(1.0).abs().max() < 1e-2
+    assert modulated_linear(x, weight, style, demodulate=False).square().mean() > 100.0
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_autocast_rounds_the_weights_once(shared: bool) -> None:
+    """With x the identity the result is the weights: float32 demodulation, then one rounding to bfloat16."""
+    _, weight, style, _, _ = (argument.detach() for argument in inputs(torch.float32, shared))
+    identity = torch.eye(I) if shared else torch.eye(I).expand(B, I, I)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = modulated_linear(identity, weight, style, gain=1.4)
+    assert y.dtype == torch.bfloat16
+    exact = modulated_linear_reference(identity.double(), weight.double(), style.double(), gain=1.4)
+    assert ((y.double() - exact).abs() / exact.abs()).max() < 1.01 * 2.0**-8  # half a unit in the last place
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_autocast_gradients_are_float32_and_near(shared: bool) -> None:
+    arguments = inputs(torch.float32, shared)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = modulated_linear(*arguments)
+    weight = torch.randn(y.shape)
+    gradients = torch.autograd.grad(y, arguments, weight.to(y.dtype))
+    exact = torch.autograd.grad(modulated_linear_reference(*arguments), arguments, weight)
+    for a, b in zip(gradients, exact, strict=True):
+        assert a.dtype == torch.float32
+        assert relative(a, b) < 0.03

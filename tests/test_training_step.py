@@ -1,0 +1,141 @@
+"""One update of D and G: the same whatever the parts and workers, on patches as on whole pictures."""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch import Tensor
+
+from pipeline.coordinates import full_grid
+from pipeline.training.state import TrainState, build_state
+from pipeline.training.step import SCALARS, Updates, resolve_precision
+from pipeline.training.world import World
+from tests.small import SMALL_MODEL, small_train
+
+CPU = torch.device("cpu")
+PATCHES = {"patch": {"size": 8, "strides": [1, 2]}}
+
+
+def pictures(count: int, seed: int = 0) -> Tensor:
+    """Smooth random colour fields, uint8 (count, 16, 16, 3)."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 4, 4, generator=generator)
+    fine = torch.nn.functional.interpolate(coarse, size=16, mode="bilinear")
+    return (fine.permute(0, 2, 3, 1) * 255).to(torch.uint8)
+
+
+def trained(world: World, updates: int, dtype: torch.dtype, **train: Any) -> tuple[TrainState, dict[str, float]]:
+    """The state and the mean scalars after some updates on this worker's share."""
+    settings = small_train(batch_size=16, **train)
+    state = build_state(SMALL_MODEL, settings, 3, CPU)
+    for module in (state.generator, state.discriminator, state.average):
+        module.to(dtype)
+    with torch.no_grad():  # noise that matters, so that a wrong draw shows
+        for name, parameter in state.generator.named_parameters():
+            if name.endswith("noise_strength"):
+                parameter.fill_(0.3)
+    run = Updates(settings, SMALL_MODEL, 3, state, world, CPU)
+    for number in range(updates):
+        run(pictures(16, seed=number)[run.share.start : run.share.stop])
+    return state, run.scalars()
+
+
+def worker(rank: int, size: int, port: int, folder: str, updates: int, train: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    state, scalars = trained(World(rank, size), updates, torch.float64, **train)
+    torch.save((state.tensors(), scalars), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Largest relative difference of any tensor, by its own largest value."""
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max() / one[name].abs().max().clamp_min(1e-12)) for name in one)
+
+
+@pytest.fixture
+def double_precision() -> Any:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+@pytest.mark.parametrize("train", [{}, PATCHES], ids=["whole", "patches"])
+def test_accumulation_changes_nothing(double_precision: None, accumulation: int, train: dict[str, Any]) -> None:
+    whole, scalars = trained(World(), 5, torch.float64, **train)
+    parts, parts_scalars = trained(World(), 5, torch.float64, accumulation=accumulation, **train)
+    assert difference(whole.tensors(), parts.tensors()) < 1e-8
+    assert scalars == pytest.approx(parts_scalars, rel=1e-9)
+    assert set(scalars) == set(SCALARS)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_change_nothing(double_precision: None, tmp_path: Path, workers: int) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(worker, (workers, port, str(tmp_path), 4, PATCHES), nprocs=workers)
+    alone, scalars = trained(World(), 4, torch.float64, **PATCHES)
+    for rank in range(workers):
+        tensors, rank_scalars = torch.load(tmp_path / f"{rank}.pt")
+        assert difference(alone.tensors(), tensors) < 1e-8
+        assert rank_scalars == pytest.approx(scalars, rel=1e-9)
+
+
+def test_each_part_of_the_update_moves_its_own_weights() -> None:
+    before = {name: value.clone() for name, value in build_state(SMALL_MODEL, small_train(), 3, CPU).tensors().items()}
+    after = trained(World(), 1, torch.float32)[0].tensors()
+    for part in ("generator.", "discriminator.", "average.mean_w"):
+        moved = [name for name in before if name.startswith(part) and not torch.equal(before[name], after[name])]
+        assert moved, part
+    assert all(after[name].isfinite().all() for name in after)
+
+
+def test_the_average_follows_its_formula() -> None:
+    settings = small_train(batch_size=16)
+    state = build_state(SMALL_MODEL, settings, 3, CPU)
+    start = {name: value.clone() for name, value in state.average.named_parameters()}
+    Updates(settings, SMALL_MODEL, 3, state, World(), CPU)(pictures(16))
+    decay = 0.5 ** (16 / 100)
+    for name, value in state.generator.named_parameters():
+        expected = decay * start[name] + (1 - decay) * value
+        assert torch.allclose(dict(state.average.named_parameters())[name], expected, atol=1e-6)
+
+
+def test_the_mean_style_is_tracked() -> None:
+    state, _ = trained(World(), 3, torch.float32)
+    assert state.average.mean_w.abs().sum() > 0
+    assert torch.equal(state.generator.mean_w, torch.zeros_like(state.generator.mean_w))
+
+
+def test_real_and_generated_patches_share_their_coordinates() -> None:
+    settings = small_train(batch_size=16, **PATCHES)
+    run = Updates(settings, SMALL_MODEL, 3, build_state(SMALL_MODEL, settings, 3, CPU), World(), CPU)
+    seen = [run._coordinates(images_seen) for images_seen in range(0, 16 * 40, 16)]
+    assert all(coordinates.shape == (16, 64, 2) for coordinates in seen)
+    assert all(0 <= int(coordinates.min()) and int(coordinates.max()) < 16 for coordinates in seen)
+    strides = {int(coordinates[0, 1, 0] - coordinates[0, 0, 0]) for coordinates in seen}
+    assert strides == {1, 2}
+    whole = Updates(
+        small_train(batch_size=16), SMALL_MODEL, 3, build_state(SMALL_MODEL, small_train(), 3, CPU), World(), CPU
+    )
+    assert torch.equal(whole._coordinates(0), full_grid(16))
+
+
+def test_precision_is_a_dtype() -> None:
+    assert resolve_precision("fp32", CPU) == torch.float32
+    assert resolve_precision("bf16", CPU) == torch.bfloat16
+    assert resolve_precision("auto", CPU) in (torch.float32, torch.bfloat16)
+
+
+def test_bf16_trains_close_to_fp32() -> None:
+    fp32, bf16 = (trained(World(), 3, torch.float32, precision=precision)[1] for precision in ("fp32", "bf16"))
+    for name in ("loss/D", "loss/G"):
+        assert bf16[name] == pytest.approx(fp32[name], rel=0.05)
