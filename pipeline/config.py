@@ -91,6 +91,11 @@ class ClusterConfig(Section):
     health_check_interval_s: PositiveFloat = 2.0
     """How often workers are polled: the delay of noticing a death, and the longest that a report can take."""
 
+    @property
+    def threads(self) -> int:
+        """Threads of a worker's tensor operations."""
+        return self.threads_per_worker or max(1, int(self.cpus_per_worker))
+
 
 class TuneConfig(Section):
     """A grid search; each trial is a training run with some settings replaced."""

@@ -156,9 +156,7 @@ def test_the_features_know_a_traffic_light() -> None:
         picture[(rows - top) ** 2 + (columns - 112) ** 2 < 22**2] = colour
 
     def best(picture: np.ndarray) -> int:
-        features = load_features(EvaluateConfig(), StorageConfig(), CPU)(
-            torch.from_numpy(picture.copy())[None]
-        )
+        features = load_features(EvaluateConfig(), StorageConfig(), CPU)(torch.from_numpy(picture.copy())[None])
         return int((features @ weights["_fc.weight"].T + weights["_fc.bias"]).argmax())
 
     assert best(picture) == 920  # ImageNet's "traffic light"

@@ -67,9 +67,7 @@ def test_any_split_of_the_pictures_gives_the_same_moments(
     generator: Generator, network: FeatureNetwork, protocol: Protocol
 ) -> None:
     whole = generated_moments(generator, network, protocol, range(24), batch_size=24)
-    parts = [
-        generated_moments(generator, network, protocol, share(24, rank, 3), batch_size=5) for rank in range(3)
-    ]
+    parts = [generated_moments(generator, network, protocol, share(24, rank, 3), batch_size=5) for rank in range(3)]
     assert_close(parts[2].merge(parts[0]).merge(parts[1]), whole)
     shuffled = generated_moments(generator, network, protocol, [*range(12, 24), *range(12)], batch_size=7)
     assert_close(shuffled, whole)
@@ -86,9 +84,7 @@ def test_the_pictures_follow_the_protocol(
     assert not torch.allclose(one.sum_D, other.sum_D, rtol=1e-3)
 
 
-def test_each_picture_has_noise_of_its_own(
-    generator: Generator, network: FeatureNetwork, protocol: Protocol
-) -> None:
+def test_each_picture_has_noise_of_its_own(generator: Generator, network: FeatureNetwork, protocol: Protocol) -> None:
     with torch.no_grad():
         for parameter in generator.mapping.parameters():
             parameter.zero_()  # all pictures get the same style: only noise can tell them apart
@@ -107,9 +103,7 @@ def test_bf16_is_another_protocol_and_another_computation(
     torch.testing.assert_close(half_moments.mean(), full_moments.mean(), rtol=0.5, atol=0.1)
 
 
-def test_the_generator_is_left_as_it_was(
-    generator: Generator, network: FeatureNetwork, protocol: Protocol
-) -> None:
+def test_the_generator_is_left_as_it_was(generator: Generator, network: FeatureNetwork, protocol: Protocol) -> None:
     generator.train()
     generated_moments(generator, network, protocol, range(2))
     assert generator.training
@@ -118,18 +112,14 @@ def test_the_generator_is_left_as_it_was(
     assert not generator.training
 
 
-def test_a_diverged_generator_is_named(
-    generator: Generator, network: FeatureNetwork, protocol: Protocol
-) -> None:
+def test_a_diverged_generator_is_named(generator: Generator, network: FeatureNetwork, protocol: Protocol) -> None:
     with torch.no_grad():
         generator.get_parameter("groups.0.to_rgb.weight").fill_(float("nan"))
     with pytest.raises(ValueError, match=r"diverged: groups.0.to_rgb.weight"):
         generated_moments(generator, network, protocol, range(2))
 
 
-def test_progress_counts_every_picture(
-    generator: Generator, network: FeatureNetwork, protocol: Protocol
-) -> None:
+def test_progress_counts_every_picture(generator: Generator, network: FeatureNetwork, protocol: Protocol) -> None:
     seen: list[int] = []
     generated_moments(generator, network, protocol, range(10), batch_size=4, progress=seen.append)
     assert seen == [4, 4, 2]
@@ -177,17 +167,13 @@ def test_the_blur_is_scipys(sigma: float) -> None:
     images = pictures(3, size=32)
     (mine,) = blurred([images], sigma)
     radius = int(np.ceil(4 * sigma))
-    expected = scipy.ndimage.gaussian_filter(
-        images.double().numpy(), sigma, axes=(1, 2), mode="mirror", radius=radius
-    )
+    expected = scipy.ndimage.gaussian_filter(images.double().numpy(), sigma, axes=(1, 2), mode="mirror", radius=radius)
     assert mine.dtype == torch.uint8 and mine.shape == images.shape
     # Equal but for values that lie on a half.
     assert np.abs(mine.numpy() - expected).max() < 0.5 + 1e-3
 
 
-@pytest.mark.parametrize(
-    ("sigma", "message"), [(-1.0, "at least 0"), (float("nan"), "finite"), (9.0, "too far")]
-)
+@pytest.mark.parametrize(("sigma", "message"), [(-1.0, "at least 0"), (float("nan"), "finite"), (9.0, "too far")])
 def test_a_bad_blur_is_refused(sigma: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         list(blurred([pictures(1)], sigma))
@@ -212,9 +198,7 @@ def test_real_moments_are_kept_and_found_by_all_that_they_depend_on(
     assert read_real_moments(folder, protocol, STORAGE) is None
     write_real_moments(folder, protocol, moments, STORAGE)
     found = read_real_moments(folder, dataclasses.replace(protocol, seed=99, images=7), STORAGE)
-    assert (
-        found is not None and found.count == moments.count and torch.equal(found.outer_DD, moments.outer_DD)
-    )
+    assert found is not None and found.count == moments.count and torch.equal(found.outer_DD, moments.outer_DD)
     for change in (
         {"dataset": "e" * 64},
         {"input_size": 96},

@@ -78,9 +78,7 @@ def test_mean_and_covariance_are_numpys() -> None:
     features = gaussian(7, 50, 6, shift=100.0)
     moments = Moments.of(features)
     np.testing.assert_allclose(moments.mean(), features.double().mean(0), rtol=1e-12)
-    np.testing.assert_allclose(
-        moments.covariance(), np.cov(features.double().numpy(), rowvar=False), rtol=1e-7
-    )
+    np.testing.assert_allclose(moments.covariance(), np.cov(features.double().numpy(), rowvar=False), rtol=1e-7)
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.integers(0, 2**31))
@@ -149,6 +147,4 @@ def test_features_of_other_networks_are_refused() -> None:
 
 def test_corrupt_moments_are_noticed() -> None:
     with pytest.raises(ValueError, match="not a covariance"):
-        frechet_distance(
-            moments_with(np.zeros(2), np.diag([1.0, -0.5])), moments_with(np.zeros(2), np.eye(2))
-        )
+        frechet_distance(moments_with(np.zeros(2), np.diag([1.0, -0.5])), moments_with(np.zeros(2), np.eye(2)))

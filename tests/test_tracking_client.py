@@ -82,9 +82,7 @@ def test_limits_are_set_before_a_client_is_made(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_errors_are_explained() -> None:
-    with pytest.raises(
-        TrackingError, match="opening a run at http://me:[*]{3}@host failed: .*401.*MLFLOW_TRACKING_"
-    ):
+    with pytest.raises(TrackingError, match="opening a run at http://me:[*]{3}@host failed: .*401.*MLFLOW_TRACKING_"):
         with explained("http://me:secret@host", "opening a run"):
             raise MlflowException("API request failed with error code 401 != 200")
 

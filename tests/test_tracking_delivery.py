@@ -111,9 +111,7 @@ def test_putting_does_not_wait_for_a_receiver_that_hangs() -> None:
     answered.set()
 
 
-def test_when_too_much_waits_the_oldest_go_first(
-    receiver: Receiver, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_when_too_much_waits_the_oldest_go_first(receiver: Receiver, capsys: pytest.CaptureFixture[str]) -> None:
     lane = lane_to(receiver, most_bytes=100)
     lane.put(entry(0, size=30))
     assert receiver.tried.acquire(timeout=DEADLINE_S)  # 0 is on its way and stays

@@ -50,9 +50,7 @@ def test_all_kinds_arrive(uri: str, run_id: str, client: MlflowClient, tmp_path:
     logger.artifact(tmp_path / "table.csv", "tables")
     assert logger.close(DEADLINE_S) == 0
     history = client.get_metric_history(run_id, "loss/D")
-    assert [(point.step, point.value) for point in history] == [
-        (step, step / 2) for step in range(0, 5000, 10)
-    ]
+    assert [(point.step, point.value) for point in history] == [(step, step / 2) for step in range(0, 5000, 10)]
     assert [point.timestamp for point in history] == sorted(point.timestamp for point in history)
     files = Path(client.get_run(run_id).info.artifact_uri)
     for name in ("samples/0000012800.png", "reals.png"):
@@ -108,9 +106,7 @@ def test_what_is_refused_is_named_and_holds_up_nothing(
     assert client.get_run(run_id).info.status == "FINISHED"
 
 
-def test_a_broken_artifact_store_does_not_hold_up_the_curves(
-    uri: str, client: MlflowClient, tmp_path: Path
-) -> None:
+def test_a_broken_artifact_store_does_not_hold_up_the_curves(uri: str, client: MlflowClient, tmp_path: Path) -> None:
     (tmp_path / "blocked").write_text("a file, where a folder is needed")
     run_id = open_run(uri, "broken", "first", {}, artifacts=str(tmp_path / "blocked"))
     logger = RunLogger(uri, run_id)

@@ -109,9 +109,7 @@ def test_nothing_is_pickled_and_presets_stay_home(store: Store) -> None:
     assert "code/pipeline/models/cips.py" in files
     assert not [name for name in files if name.endswith((".pkl", ".pyc", ".pth")) or "presets" in name]
     requirements = Path(location, "requirements.txt").read_text().splitlines()
-    assert "torch>=2.11" in requirements and not [
-        line for line in requirements if "cu1" in line or "+" in line
-    ]
+    assert "torch>=2.11" in requirements and not [line for line in requirements if "cu1" in line or "+" in line]
 
 
 def test_logging_says_nothing(store: Store, capfd: pytest.CaptureFixture[str]) -> None:

@@ -105,9 +105,7 @@ def test_truncation_draws_pictures_together(model: ServedGenerator) -> None:
         ([2**32], {}, r"in \[0, 2\^32\)"),
     ],
 )
-def test_what_cannot_be_drawn_is_named(
-    model: ServedGenerator, numbers: object, params: dict, message: str
-) -> None:
+def test_what_cannot_be_drawn_is_named(model: ServedGenerator, numbers: object, params: dict, message: str) -> None:
     with pytest.raises(MlflowException, match=message) as error:
         predict(model, numbers, **params)
     assert error.value.get_http_status_code() == 400

@@ -43,7 +43,7 @@ def meter_of(config: Config, device: torch.device, part: int = 0, parts: int = 1
 def _moments(settings: dict[str, Any], generator: Generator | None, part: int, parts: int) -> tuple[bool, Moments]:
     """One task: moments of a part of the generated pictures, or of the real ones where there is no generator."""
     config = Config.model_validate(settings)
-    torch.set_num_threads(config.cluster.threads_per_worker or max(1, int(config.cluster.cpus_per_worker)))
+    torch.set_num_threads(config.cluster.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     meter = meter_of(config, device, part, parts)
     if generator is None:

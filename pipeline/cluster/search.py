@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 from ray import tune
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -45,9 +46,11 @@ def search(config: Config, run_ids: dict[str, str]) -> list[Trial]:
     configs, points = trial_configs(config), trials(config)
     notes = None if is_remote(config.run.dir) else join(absolute(config.run.dir), ".ray")
     with ray_session(config.cluster):
+        # A trial only drives: a reserved CPU could starve the workers that it waits for, and a spot machine's end
+        # would cost them all. ray_cluster.yaml's head offers `driver`.
+        resources = {"CPU": 0} | ({"driver": 0.01} if "driver" in ray.cluster_resources() else {})
         tuner = tune.Tuner(
-            # The trial only drives: a reserved CPU could starve the workers that it waits for.
-            tune.with_resources(_trial, {"CPU": 0}),
+            tune.with_resources(_trial, resources),
             param_space={
                 "number": tune.grid_search(list(range(len(configs)))),
                 "configs": [each.anchored().model_dump(mode="json") for each in configs],

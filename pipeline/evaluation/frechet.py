@@ -75,9 +75,7 @@ def generated_moments(
         generator.train(training)
 
 
-def image_moments(
-    batches: Iterable[Tensor], network: FeatureNetwork, progress: Progress | None = None
-) -> Moments:
+def image_moments(batches: Iterable[Tensor], network: FeatureNetwork, progress: Progress | None = None) -> Moments:
     """Moments of uint8 batches (B, H, W, 3), real ones for example; ValueError where there are none."""
     moments: Moments | None = None
     for images_BHWC in batches:
@@ -125,9 +123,7 @@ def read_real_moments(folder: str, protocol: Protocol, storage: StorageConfig) -
 def write_real_moments(folder: str, protocol: Protocol, moments: Moments, storage: StorageConfig) -> str:
     """Keeps the moments under everything that they depend on; returns the file's URI."""
     if moments.count != protocol.real_images:
-        raise ValueError(
-            f"moments of {moments.count:,} pictures cannot be kept as those of {protocol.real_images:,}"
-        )
+        raise ValueError(f"moments of {moments.count:,} pictures cannot be kept as those of {protocol.real_images:,}")
     buffer = io.BytesIO()
     # Uncompressed: 34 MB for Inception; zipping doubles would save little.
     np.savez(buffer, key=np.asarray(protocol.real_key()), **moments.to_arrays())  # type: ignore[arg-type]

@@ -39,9 +39,7 @@ class Moments:
     def update(self, features_BD: Tensor) -> "Moments":
         """Adds a batch in place, returns itself. ValueError for other shapes and non-finite features."""
         if features_BD.ndim != 2 or features_BD.shape[1] != self.dimension:
-            raise ValueError(
-                f"features of shape (B, {self.dimension}) expected, got {tuple(features_BD.shape)}"
-            )
+            raise ValueError(f"features of shape (B, {self.dimension}) expected, got {tuple(features_BD.shape)}")
         wide_BD = features_BD.detach().to(self.sum_D.device, torch.float64)
         bad = int((~torch.isfinite(wide_BD)).any(dim=1).sum())
         if bad:

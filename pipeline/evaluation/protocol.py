@@ -52,9 +52,7 @@ class EvaluateConfig(Section):
                 "leave it empty, or take evaluate.network=efficientnet-lite0"
             )
         if self.network != "inception" and (self.weights or self.weights_sha256):
-            raise ValueError(
-                f"evaluate.weights belongs to evaluate.network=inception; {self.network} brings its own"
-            )
+            raise ValueError(f"evaluate.weights belongs to evaluate.network=inception; {self.network} brings its own")
         return self
 
 

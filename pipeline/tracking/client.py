@@ -80,9 +80,7 @@ def explained(uri: str, doing: str) -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as cause:
         text = " ".join(str(cause).split())
-        raise TrackingError(
-            f"{doing} at {without_password(uri)} failed: {text[:500]}{_advice(text)}"
-        ) from cause
+        raise TrackingError(f"{doing} at {without_password(uri)} failed: {text[:500]}{_advice(text)}") from cause
 
 
 def without_password(uri: str) -> str:

@@ -135,9 +135,7 @@ class RunLogger:
                 client.set_terminated(self.run_id, entries[0].content)
             else:
                 points = [
-                    Metric(name, value, entry.time_ms, entry.step)
-                    for entry in entries
-                    for name, value in entry.content
+                    Metric(name, value, entry.time_ms, entry.step) for entry in entries for name, value in entry.content
                 ]
                 client.log_batch(self.run_id, metrics=points, synchronous=True)
         except MlflowException as cause:

@@ -67,15 +67,11 @@ class Promotion:
 
     def describe(self) -> str:
         """One line for a log."""
-        mine = (
-            f"{self.model_name} version {self.version} ({self.candidate.metric} {self.candidate.value:.4g})"
-        )
+        mine = f"{self.model_name} version {self.version} ({self.candidate.metric} {self.candidate.value:.4g})"
         if self.reigning is None:
             return f"{mine} is the champion"
         if self.alias == CHAMPION:
-            return (
-                f"{mine} is the champion; before: version {self.previous_version} ({self.reigning.value:.4g})"
-            )
+            return f"{mine} is the champion; before: version {self.previous_version} ({self.reigning.value:.4g})"
         stays = f"version {self.champion_version} ({self.reigning.value:.4g}) stays champion"
         return f"{mine} is the challenger; {stays}"
 
@@ -233,9 +229,7 @@ def comparable(candidate: Sequence[Result], champion: Sequence[Result]) -> tuple
     """The first pair measured under one protocol; ProtocolMismatch, about the closest, if there is none."""
     pairs = [(mine, theirs) for mine in candidate for theirs in champion]
     if not pairs:
-        raise ProtocolMismatch(
-            "the champion carries no distance to compare with; give the alias by hand once"
-        )
+        raise ProtocolMismatch("the champion carries no distance to compare with; give the alias by hand once")
     closest = min(pairs, key=lambda pair: len(pair[0].protocol.differing(pair[1].protocol)))
     closest[0].protocol.require_same(closest[1].protocol)
     return closest
@@ -292,12 +286,8 @@ def _save(
         shutil.copyfile(weights, weights_path)
     config_path.write_text(json.dumps(dict(model_config), indent=1), encoding="utf-8")
     package = Path(next(iter(pipeline.__path__)))
-    shutil.copytree(
-        package, folder / "pipeline", ignore=shutil.ignore_patterns("__pycache__", "presets", "*.pyc")
-    )
-    with warnings.catch_warnings(
-        record=True
-    ):  # MLflow asks for type hints and an example; the signature says more
+    shutil.copytree(package, folder / "pipeline", ignore=shutil.ignore_patterns("__pycache__", "presets", "*.pyc"))
+    with warnings.catch_warnings(record=True):  # MLflow asks for type hints and an example; the signature says more
         mlflow.pyfunc.save_model(
             folder / "model",
             python_model=str(folder / "pipeline" / "tracking" / "served.py"),

@@ -70,9 +70,7 @@ def draw(generator: Generator, numbers: Sequence[int], seed: int, truncation: fl
     size = size or generator.size
     images = np.empty((len(numbers), size, size, 3), dtype=np.uint8)
     for place, number in enumerate(numbers):
-        image_1HWC = sample_images(
-            generator, [number], seed=seed, truncation=truncation, size=size, noise="fixed"
-        )
+        image_1HWC = sample_images(generator, [number], seed=seed, truncation=truncation, size=size, noise="fixed")
         images[place] = image_1HWC[0].cpu().numpy()
     return images
 

@@ -41,6 +41,10 @@ Evaluate = Callable[[Generator, int], dict[str, Any]]
 """Measures the averaged generator at a count of images; all workers call it together and get the same result."""
 
 
+class PlanError(ValueError):
+    """The plan does not fit the data, or this process."""
+
+
 class TrainingDiverged(RuntimeError):
     """A loss became infinite or not a number."""
 
@@ -88,11 +92,12 @@ def train(
         evaluate: called where `train.evaluate_kimg` asks for it.
 
     Raises:
+        PlanError: the pictures have another size than the model.
         CheckpointError: the folder holds another training.
         TrainingDiverged: a loss is not finite.
     """
     if plan.train.evaluate_kimg is not None and evaluate is None:
-        raise ValueError("train.evaluate_kimg is set, but this process was given nothing to evaluate with")
+        raise PlanError("train.evaluate_kimg is set, but this process was given nothing to evaluate with")
     manifest = read_manifest(plan.data.uri, plan.storage)
     check_size(manifest, plan.model)
     state = build_state(plan.model, plan.train, plan.seed, device)
@@ -103,7 +108,7 @@ def train(
 def check_size(manifest: Manifest, model: ModelConfig) -> None:
     """Refuses a data set whose pictures are not of the model's size."""
     if (manifest.height, manifest.width) != (model.size, model.size):
-        raise ValueError(
+        raise PlanError(
             f"model.size is {model.size}, but the data set holds pictures of {manifest.width}x{manifest.height}; "
             f"set model.size={manifest.width} or ingest with ingest.size={model.size}"
         )

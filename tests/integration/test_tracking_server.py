@@ -68,9 +68,7 @@ def test_a_server_that_dies_delays_log_lines_and_nothing_else(
     client = connect(server.uri)
     for name, value in (("loss/D", lambda step: step + 0.5), ("loss/G", lambda step: -step)):
         history = client.get_metric_history(run_id, name)
-        assert [(point.step, point.value) for point in history] == [
-            (step, value(step)) for step in range(200)
-        ]
+        assert [(point.step, point.value) for point in history] == [(step, value(step)) for step in range(200)]
     assert [file.path for file in client.list_artifacts(run_id, "samples")] == ["samples/0000000100.png"]
     assert client.get_run(run_id).info.status == "FINISHED"
     query = "SELECT step FROM metrics WHERE run_uuid = ? AND key = 'loss/D' ORDER BY rowid"
