@@ -3,9 +3,9 @@
     python -m jobs.submit train --address http://HEAD:8265 --config ffhq256 data.uri=s3://bucket/ffhq256
     python -m jobs.submit tune  --address http://HEAD:8265 --config ffhq256 --space patches
 
-Everything after the address is the job's own. The working directory travels without data, .git and environments;
-AWS and MLflow credentials of this shell go along by name where they are set. The log may be left with Ctrl-C: the
-job goes on.
+Everything that is not listed below is the job's own. The working directory travels without data, .git and
+environments. Credentials stay here: give the nodes a role, or name variables with --pass-env, knowing that the
+cluster shows them. Ctrl-C leaves the log; the job goes on.
 """
 
 import argparse
@@ -34,10 +34,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("job", choices=JOBS, metavar="JOB", help=f"one of {', '.join(JOBS)}")
     parser.add_argument("--address", default="http://127.0.0.1:8265", help="the cluster's dashboard, http://HOST:8265")
+    parser.add_argument("--pass-env", action="append", default=[], metavar="NAME", help="a variable that goes along")
     args, rest = parser.parse_known_args(argv)
     from pipeline.cluster.submission import submit
 
-    sys.exit(submit(args.job, rest, args.address))
+    sys.exit(submit(args.job, rest, args.address, args.pass_env))
 
 
 if __name__ == "__main__":

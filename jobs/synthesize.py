@@ -16,6 +16,7 @@ from jobs.models import load_generator
 from pipeline.config import Config, absolute
 from pipeline.models.summary import summary_table
 from pipeline.synthesis.generate import generate, write_pictures
+from pipeline.training.local import local_device
 
 KINDS = ("samples",)
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(config: Config) -> str:
     """Draws what the configuration asks for and returns where it lies."""
-    generator = load_generator(config.synthesize.model, config)
+    generator = load_generator(config.synthesize.model, config).to(local_device())
     settings = config.synthesize.model_copy(update={"out": absolute(config.synthesize.out)})
     return write_pictures(generate(generator, settings), settings, config.storage)
 

@@ -16,7 +16,7 @@ from jobs.cli import failing_clearly, parse
 from pipeline.config import Config, to_yaml
 from pipeline.models.summary import summary_table
 from pipeline.storage import join, write_bytes
-from pipeline.training.loop import Outcome
+from pipeline.training.loop import Outcome, check_plan
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(config: Config) -> Trained:
     """Trains; records the run and registers its best generator where tracking is enabled."""
-    config.plan()  # names what is missing before anything starts
+    check_plan(config.plan())  # what cannot be trained is refused before anything is written or recorded
     write_bytes(join(config.run_uri, "config.yaml"), to_yaml(config).encode(), config.storage)
     if not config.tracking.enabled:
         return Trained(train(config, None), None, None)

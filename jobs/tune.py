@@ -9,6 +9,7 @@ compared by tune.metric at equal images seen; in MLflow they are child runs of o
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from jobs.cli import failing_clearly, parse
@@ -38,13 +39,17 @@ def run(config: Config) -> None:
     from pipeline.cluster.search import search, table, trial_configs
 
     if not config.tracking.enabled:
-        print(table(search(config, {}), config.tune.metric))
-        return
-    from pipeline.tracking.recording import recorded, recorded_trials
+        found = search(config, {})
+    else:
+        from pipeline.tracking.recording import recorded, recorded_trials
 
-    with recorded(config) as parent, recorded_trials(trial_configs(config), parent) as run_ids:
-        print(table(search(config, run_ids), config.tune.metric))
-        print(f"MLflow: run {parent} with its {len(run_ids)} child runs at {config.tracking_uri}")
+        with recorded(config) as parent, recorded_trials(trial_configs(config), parent) as trials_:
+            found = search(config, trials_.run_ids)
+            trials_.failed = {trial.name for trial in found if trial.value is None}
+        print(f"MLflow: run {parent} with its {len(found)} child runs at {config.tracking_uri}")
+    print(table(found, config.tune_metric))
+    if all(trial.value is None for trial in found):
+        sys.exit("every trial failed")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pipeline.config_sources import absolute, read_source, read_yaml
 from pipeline.config_sources import preset_names as preset_names
 from pipeline.data.ingest import IngestConfig
 from pipeline.data.stream import DataConfig
-from pipeline.evaluation.protocol import EvaluateConfig
+from pipeline.evaluation.protocol import METRICS, EvaluateConfig
 from pipeline.layering import ConfigError, Layer
 from pipeline.models.build import ModelConfig
 from pipeline.schema import Section
@@ -102,8 +102,8 @@ class TuneConfig(Section):
 
     space: dict[str, list[Any]] = {}
     """Dotted keys to the values to try; every combination is a trial."""
-    metric: str = "fd_efficientnet_lite0"
-    """What trials are compared by, always at equal images seen."""
+    metric: str | None = None
+    """What trials are compared by, always at equal images seen; empty is the distance of `evaluate.network`."""
     mode: Literal["min", "max"] = "min"
     """Whether small or large values of the metric are better."""
     max_concurrent: PositiveInt = 1
@@ -171,7 +171,15 @@ class Config(Section):
     @property
     def tracking_uri(self) -> str:
         """The tracking server or database in use."""
-        return self.tracking.uri or f"sqlite:///{Path(absolute(self.run.dir)) / 'mlflow.db'}"
+        uri = self.tracking.uri or f"sqlite:///{Path(absolute(self.run.dir)) / 'mlflow.db'}"
+        if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+            uri = f"sqlite:///{absolute(uri.removeprefix('sqlite:///'))}"
+        return uri
+
+    @property
+    def tune_metric(self) -> str:
+        """What trials are compared by."""
+        return self.tune.metric or METRICS[self.evaluate.network]
 
     @property
     def statistics_uri(self) -> str:
@@ -205,6 +213,8 @@ class Config(Section):
     def anchored(self) -> "Config":
         """The same with local addresses made absolute: other processes have other working directories."""
         places = {key: absolute(value) for key, value in flatten(self).items() if key in PLACES and value}
+        if self.tracking.enabled:
+            places["tracking.uri"] = self.tracking_uri
         return replaced(self, places)
 
     def _batch_problems(self) -> list[str]:

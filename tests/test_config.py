@@ -195,7 +195,7 @@ def test_a_run_name_is_fit_for_a_path(name: str) -> None:
 
 
 def test_a_file_extends_a_preset_and_overrides_come_last(tmp_path: Path) -> None:
-    path = write(tmp_path / "mine.yaml", "extends: demo\ntrain:\n  batch_size: 16\n  r1_gamma: 2\n")
+    path = write(tmp_path / "mine.yaml", "extends: demo\ntrain:\n  batch_size: 64\n  r1_gamma: 2\n")
     config = load_config(path, ["train.r1_gamma=3"])
     assert differing_keys(config, load_config("demo")) == ["run.name", "train.batch_size", "train.r1_gamma"]
     assert (config.train.batch_size, config.train.r1_gamma) == (16, 3.0)

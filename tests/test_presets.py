@@ -116,7 +116,7 @@ def test_the_small_presets_train_on_a_cpu() -> None:
         config = load_config(name)
         assert config.model.size == 32
         assert not config.cluster.use_gpu
-        assert config.data.decoder == "pillow"
+        assert config.data.decoder == "dali"
 
 
 def test_the_example_space_holds_trials_of_the_demo() -> None:

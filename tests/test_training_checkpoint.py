@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.data.stream import DataConfig
 from pipeline.storage import StorageConfig
 from pipeline.training.checkpoint import (
     CheckpointError,
@@ -23,8 +24,8 @@ from tests.small import SMALL_MODEL, small_train
 STORAGE = StorageConfig()
 CONFIG = {
     "run": {"seed": 3},
-    "train": {"batch_size": 8, "patch": {"size": None}},
-    "data": {"uri": "here", "flip": True},
+    "train": small_train().model_dump(mode="json"),
+    "data": DataConfig(uri="here").model_dump(mode="json"),
 }
 
 

@@ -158,6 +158,44 @@ def test_evaluation_without_the_means_is_refused(tmp_path: Path, data: DataConfi
         run(small_plan(tmp_path, data, evaluate_kimg=1.0))
 
 
+def test_a_store_that_fails_for_a_while_costs_no_training(
+    tmp_path: Path, data: DataConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Something stands in the way of the checkpoint at 32 images: the training goes on, later ones are written."""
+    plan = small_plan(tmp_path, data, total_kimg=0.128, checkpoint_kimg=0.032)
+    blocked = tmp_path / "checkpoints" / "0000000032" / "generator.safetensors"
+
+    class Weather(Observer):
+        def tick(self, tick: Tick) -> None:
+            if tick.images_seen == 32:
+                blocked.mkdir(parents=True)
+
+    outcome = run(plan, Weather())
+    assert "no checkpoint at 32 images" in capsys.readouterr().out
+    assert outcome.images_seen == 128
+    assert 32 not in list_checkpoints(plan.folder, plan.storage)
+    assert files_of(outcome) == files_of(run(small_plan(tmp_path / "fair", data, total_kimg=0.128)))
+
+
+def test_a_crash_before_the_second_checkpoint_repeats_no_start(tmp_path: Path, data: DataConfig) -> None:
+    plan = small_plan(tmp_path, data, checkpoint_kimg=0.064)
+    with pytest.raises(Interrupted):
+        run(plan, StopsAt(32))
+    watcher = Watcher()
+    run(plan, watcher)
+    assert [tick.images_seen for tick in watcher.ticks] == [32, 64]
+    assert [line["images_seen"] for line in read_log(plan.folder, plan.storage)] == [0, 32, 64]
+
+
+def test_keys_younger_than_a_checkpoint_take_their_defaults(tmp_path: Path, data: DataConfig) -> None:
+    plan = small_plan(tmp_path, data, total_kimg=0.032)
+    index = Path(run(plan).checkpoint) / "checkpoint.json"
+    saved = json.loads(index.read_text())
+    del saved["config"]["train"]["ema_rampup"]
+    index.write_text(json.dumps(saved))
+    assert run(small_plan(tmp_path, data, total_kimg=0.064)).resumed_from == 32
+
+
 def test_losses_that_are_not_finite_stop_the_run(tmp_path: Path, data: DataConfig) -> None:
     plan = small_plan(tmp_path, data, learning_rate=1e30)
     with pytest.raises(TrainingDiverged) as stopped:

@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from pipeline.coordinates import full_grid
+from pipeline.randomness import Purpose, latents, noise_keys
 from pipeline.training.state import TrainState, build_state
 from pipeline.training.step import SCALARS, Updates, resolve_precision
 from pipeline.training.world import World
@@ -45,12 +47,30 @@ def trained(world: World, updates: int, dtype: torch.dtype, **train: Any) -> tup
 
 
 def worker(rank: int, size: int, port: int, folder: str, updates: int, train: dict[str, Any]) -> None:
+    """One of several processes: trains, and once more with a restart in the middle."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-    state, scalars = trained(World(rank, size), updates, torch.float64, **train)
-    torch.save((state.tensors(), scalars), f"{folder}/{rank}.pt")
+    world = World(rank, size)
+    state, scalars = trained(world, updates, torch.float64, **train)
+    half, _ = trained(world, updates // 2, torch.float64, **train)
+    resumed = resumed_state(half, world, updates - updates // 2, **train)
+    torch.save((state.tensors(), scalars, resumed.tensors()), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def resumed_state(half: TrainState, world: World, updates: int, **train: Any) -> TrainState:
+    """A new process's state, loaded from another and trained further."""
+    settings = small_train(batch_size=16, **train)
+    state = build_state(SMALL_MODEL, settings, 99, CPU)
+    for module in (state.generator, state.discriminator, state.average):
+        module.to(torch.float64)
+    state.load({name: value.clone().contiguous() for name, value in half.tensors().items()}, half.images_seen)
+    run = Updates(settings, SMALL_MODEL, 3, state, world, CPU)
+    first = half.images_seen // 16
+    for number in range(first, first + updates):
+        run(pictures(16, seed=number)[run.share.start : run.share.stop])
+    return state
 
 
 def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -81,12 +101,15 @@ def test_workers_change_nothing(double_precision: None, tmp_path: Path, workers:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(worker, (workers, port, str(tmp_path), 4, PATCHES), nprocs=workers)
+    settings = PATCHES | {"accumulation": 2}  # three workers hold 1, 1 and 2 groups: parts differ as well
+    multiprocessing.spawn(worker, (workers, port, str(tmp_path), 4, settings), nprocs=workers)
     alone, scalars = trained(World(), 4, torch.float64, **PATCHES)
     for rank in range(workers):
-        tensors, rank_scalars = torch.load(tmp_path / f"{rank}.pt")
+        tensors, rank_scalars, resumed = torch.load(tmp_path / f"{rank}.pt")
         assert difference(alone.tensors(), tensors) < 1e-8
         assert rank_scalars == pytest.approx(scalars, rel=1e-9)
+        # A restart of as many workers changes no bit, also where DDP has more than two to sum.
+        assert all(torch.equal(tensors[name], resumed[name]) for name in tensors)
 
 
 def test_each_part_of_the_update_moves_its_own_weights() -> None:
@@ -96,6 +119,48 @@ def test_each_part_of_the_update_moves_its_own_weights() -> None:
         moved = [name for name in before if name.startswith(part) and not torch.equal(before[name], after[name])]
         assert moved, part
     assert all(after[name].isfinite().all() for name in after)
+
+
+def test_one_update_is_the_papers(double_precision: None) -> None:
+    """Two updates against a literal transcription: which latents, signs, weights and rates are used where."""
+    settings = small_train(batch_size=8, r1_interval=2, r1_gamma=3.0, lazy_rescale=True, learning_rate=0.01)
+    state, literal = (build_state(SMALL_MODEL, settings, 3, CPU) for _ in range(2))
+    for module in (state.generator, state.discriminator, state.average, literal.generator, literal.discriminator):
+        module.double()
+    run = Updates(settings, SMALL_MODEL, 3, state, World(), CPU)
+    generator, discriminator = literal.generator, literal.discriminator
+    adam_g = torch.optim.Adam(generator.parameters(), lr=0.01 * 4 / 5, betas=(0.0, 0.99**0.8), eps=1e-8)
+    adam_d = torch.optim.Adam(discriminator.parameters(), lr=0.01 * 2 / 3, betas=(0.0, 0.99 ** (2 / 3)), eps=1e-8)
+    positions, grid = torch.arange(8), full_grid(16)
+
+    def fake(seen: int, latent: Purpose, noise: Purpose) -> Tensor:
+        z = latents(3, latent, seen, positions, 8).double()
+        return generator(z, grid, noise_keys(3, noise, seen, positions)).transpose(1, 2).reshape(8, 3, 16, 16)
+
+    for number in range(2):
+        real_u8, seen = pictures(8, seed=number), 8 * number
+        run(real_u8)
+        real = (real_u8.permute(0, 3, 1, 2).float() / 127.5 - 1).double()
+        with torch.no_grad():
+            drawn = fake(seen, Purpose.LATENT_DISCRIMINATOR, Purpose.NOISE_DISCRIMINATOR)
+        adam_d.zero_grad()
+        (softplus(-discriminator(real)).mean() + softplus(discriminator(drawn)).mean()).backward()
+        adam_d.step()
+        if number % 2 == 0:
+            adam_d.zero_grad()
+            real.requires_grad_(True)
+            logits = discriminator(real)
+            (slope,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
+            # Adam counts a step of the last bias too, which has no part in the slope.
+            (3.0 / 2 * slope.square().sum() / 8 * 2 + 0 * logits.sum()).backward()
+            adam_d.step()
+        adam_g.zero_grad()
+        drawn = fake(seen, Purpose.LATENT_GENERATOR, Purpose.NOISE_GENERATOR)
+        softplus(-discriminator(drawn)).mean().backward()
+        adam_g.step()
+    assert state.images_seen == 16
+    for mine, theirs in ((state.generator, generator), (state.discriminator, discriminator)):
+        assert difference(mine.state_dict(), theirs.state_dict()) < 1e-7
 
 
 def test_the_average_follows_its_formula() -> None:

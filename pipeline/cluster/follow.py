@@ -7,10 +7,10 @@ from typing import Any
 
 from ray.train.v2.api.callback import UserCallback
 
-from pipeline.storage import MissingError, StorageConfig, StorageError, join, read_bytes, write_bytes
+from pipeline.storage import MissingError, StorageConfig, StorageError, is_remote, join, read_bytes, write_bytes
 from pipeline.training.observers import Tick, read_log
 
-POLL_S = 1.0
+POLL_S, POLL_REMOTE_S = 1.0, 5.0
 
 
 class Follower:
@@ -21,7 +21,7 @@ class Follower:
 
     def __init__(self, folder: str, storage: StorageConfig) -> None:
         self.folder, self.storage = folder, storage
-        self.shown_images = max((line["images_seen"] for line in read_log(folder, storage)), default=-1)
+        self.shown = read_log(folder, storage)
         self.shown_restarts = len(read_restarts(folder, storage))
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._follow, name="follower", daemon=True)
@@ -38,7 +38,7 @@ class Follower:
         self._show()
 
     def _follow(self) -> None:
-        while not self.done.wait(POLL_S):
+        while not self.done.wait(POLL_REMOTE_S if is_remote(self.folder) else POLL_S):
             self._show()
 
     def _show(self) -> None:
@@ -47,14 +47,14 @@ class Follower:
         except (OSError, StorageError, ValueError):
             return  # the store hiccups; the next look shows what this one missed
         for restart in restarts[self.shown_restarts :]:
-            print(f"workers start again from the last checkpoint: {restart['cause']}", flush=True)
+            print(f"workers failed: {restart['cause']}", flush=True)
         self.shown_restarts = len(restarts)
-        if log and log[-1]["images_seen"] < self.shown_images:  # a restart went back and cut the log
-            self.shown_images = log[-2]["images_seen"] if len(log) > 1 else -1
-        for line in log:
-            if line["images_seen"] > self.shown_images:
-                print(Tick(**line).line(), flush=True)
-                self.shown_images = line["images_seen"]
+        same = 0  # a restart goes back and writes the end of the log anew
+        while same < min(len(log), len(self.shown)) and log[same] == self.shown[same]:
+            same += 1
+        for line in log[same:]:
+            print(Tick(**line).line(), flush=True)
+        self.shown = log
 
 
 class RestartNotes(UserCallback):
@@ -64,13 +64,12 @@ class RestartNotes(UserCallback):
         self.folder, self.storage = folder, storage
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        notes = read_restarts(self.folder, self.storage)
         cause = "; ".join(f"worker {rank}: {one_line(error)}" for rank, error in sorted(worker_exceptions.items()))
-        notes.append({"cause": cause})
-        try:
+        try:  # an error that left this method would end the run, which is to be saved
+            notes = [*read_restarts(self.folder, self.storage), {"cause": cause}]
             write_bytes(join(self.folder, "restarts.json"), json.dumps(notes, indent=1).encode(), self.storage)
-        except (OSError, StorageError) as error:
-            print(f"could not note a restart: {error}", flush=True)
+        except (OSError, ValueError, StorageError) as error:
+            print(f"could not note a failure: {error}", flush=True)
 
 
 def read_restarts(folder: str, storage: StorageConfig) -> list[dict[str, Any]]:

@@ -5,13 +5,11 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipeline.cluster.session import ray_session
-from pipeline.cluster.training import build_trainer, root_cause
-from pipeline.config import Config, absolute, replaced, trials
-from pipeline.storage import is_remote, join
+from pipeline.cluster.training import fit, notes_folder
+from pipeline.config import Config, replaced, trials
 
 
 @dataclass(frozen=True)
@@ -44,27 +42,23 @@ def search(config: Config, run_ids: dict[str, str]) -> list[Trial]:
         run_ids: the MLflow run of each trial by its name; empty without tracking.
     """
     configs, points = trial_configs(config), trials(config)
-    notes = None if is_remote(config.run.dir) else join(absolute(config.run.dir), ".ray")
     with ray_session(config.cluster):
         # A trial only drives: a reserved CPU could starve the workers that it waits for, and a spot machine's end
         # would cost them all. ray_cluster.yaml's head offers `driver`.
         resources = {"CPU": 0} | ({"driver": 0.01} if "driver" in ray.cluster_resources() else {})
+        settings = [each.anchored().model_dump(mode="json") for each in configs]
         tuner = tune.Tuner(
-            tune.with_resources(_trial, resources),
-            param_space={
-                "number": tune.grid_search(list(range(len(configs)))),
-                "configs": [each.anchored().model_dump(mode="json") for each in configs],
-                "run_ids": run_ids,
-            },
+            tune.with_resources(tune.with_parameters(_trial, configs=settings, run_ids=run_ids), resources),
+            param_space={"number": tune.grid_search(list(range(len(configs))))},
             tune_config=tune.TuneConfig(max_concurrent_trials=config.tune.max_concurrent),
-            run_config=tune.RunConfig(name=f"{config.run.name}-search", storage_path=notes, verbose=1),
+            run_config=tune.RunConfig(name=f"{config.run.name}-search", storage_path=notes_folder(config), verbose=1),
         )
         results = {int(result.config["number"]): result for result in tuner.fit()}
     found = []
     for number, (trial, point) in enumerate(zip(configs, points, strict=True)):
         metrics = results[number].metrics or {}
         error = str(results[number].error).strip().splitlines()[-1] if results[number].error else None
-        value = None if error else metrics.get(config.tune.metric)
+        value = None if error else metrics.get(config.tune_metric)
         found.append(Trial(trial.run.name, point, value, metrics.get("images_seen", 0) / 1000, error))
     return ranked(found, config.tune.mode)
 
@@ -87,10 +81,10 @@ def table(found: list[Trial], metric: str) -> str:
     return "\n".join(lines + [f"{trial.name}: {trial.error}" for trial in found if trial.error])
 
 
-def _trial(settings: dict[str, Any]) -> None:
+def _trial(settings: dict[str, Any], configs: list[dict[str, Any]], run_ids: dict[str, str]) -> None:
     """One trial's driver: a training like any other, its reports handed on to Tune."""
-    config = Config.model_validate(settings["configs"][settings["number"]])
-    try:
-        build_trainer(config, settings["run_ids"].get(config.run.name), (TuneReportCallback(),)).fit()
-    except TrainingFailedError as failure:
-        raise RuntimeError(root_cause(failure)) from None
+    config = Config.model_validate(configs[settings["number"]])
+    outcome = fit(config, run_ids.get(config.run.name), (TuneReportCallback(),))
+    # Once more at the end: a trial that was finished before measures nothing anew.
+    values = {result["metric"]: result["value"] for result in outcome.results}
+    tune.report(values | {"images_seen": outcome.images_seen})

@@ -14,6 +14,22 @@ class ClusterError(RuntimeError):
     """The cluster could not be reached, or a job on it failed."""
 
 
+def address_of(cluster: ClusterConfig) -> str:
+    """`cluster.address`, else RAY_ADDRESS, else `local`: a cluster of this machine's own."""
+    return cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+
+
+def is_local(cluster: ClusterConfig) -> bool:
+    """Whether the cluster is this machine alone, started by this process."""
+    return address_of(cluster) == "local"
+
+
+def set_timeouts(cluster: ClusterConfig) -> None:
+    """Ray Train reads these in the process that calls `fit`."""
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(cluster.health_check_interval_s)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.worker_start_timeout_s)
+
+
 @contextlib.contextmanager
 def ray_session(cluster: ClusterConfig) -> Iterator[None]:
     """Connects to `cluster.address`, else to RAY_ADDRESS, else starts head and workers here; ends what it began.
@@ -26,10 +42,7 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    # Train polls its workers in this rhythm; each report waits for a poll.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(cluster.health_check_interval_s))
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(cluster.worker_start_timeout_s))
-    address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+    address = address_of(cluster)
     try:
         if address == "local":
             # Two workers fit a machine of one core too, only slower.

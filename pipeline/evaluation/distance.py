@@ -21,7 +21,7 @@ from pipeline.evaluation.frechet import (
     write_real_moments,
 )
 from pipeline.evaluation.metrics import Moments
-from pipeline.evaluation.protocol import EvaluateConfig, Result, make_protocol, real_indices
+from pipeline.evaluation.protocol import EvaluateConfig, ProtocolError, Result, make_protocol, real_indices
 from pipeline.models.cips import Generator
 from pipeline.storage import StorageConfig
 
@@ -55,7 +55,7 @@ class DistanceMeter:
         self.protocol = make_protocol(config, self.network.weights_sha256, self.manifest.digest, self.manifest.samples)
         fewest = min(self.protocol.images, self.protocol.real_images)
         if fewest < workers:
-            raise ValueError(f"{workers} workers cannot share {fewest} pictures; raise evaluate.images")
+            raise ProtocolError(f"{workers} workers cannot share {fewest} pictures; raise evaluate.images")
         self._real: Moments | None = None
 
     def __call__(self, generator: Generator, images_seen: int = 0) -> dict[str, Any]:

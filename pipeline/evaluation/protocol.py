@@ -56,7 +56,11 @@ class EvaluateConfig(Section):
         return self
 
 
-class ProtocolMismatch(ValueError):
+class ProtocolError(ValueError):
+    """A distance cannot be measured as asked."""
+
+
+class ProtocolMismatch(ProtocolError):
     """Two distances were to be compared that were measured in different ways."""
 
 
@@ -163,16 +167,16 @@ class Result:
 def make_protocol(config: EvaluateConfig, weights_sha256: str, dataset: str, samples: int) -> Protocol:
     """Resolves a config against a data set of `samples` pictures with manifest digest `dataset`.
 
-    Raises ValueError where more real pictures are asked for than there are.
+    Raises ProtocolError where more real pictures are asked for than there are.
     """
     real_images = samples if config.real_images is None else config.real_images
     if real_images > samples:
-        raise ValueError(
+        raise ProtocolError(
             f"evaluate.real_images is {real_images:,}, but the data set has {samples:,} pictures; "
             "lower it, or leave it empty for all"
         )
     if real_images < 2:
-        raise ValueError(f"a distance needs at least 2 real pictures; the data set has {samples}")
+        raise ProtocolError(f"a distance needs at least 2 real pictures; the data set has {samples}")
     native = NATIVE_SIZE[config.network]
     input_size = config.input_size or native
     return Protocol(

@@ -39,7 +39,7 @@ class ModelConfig(Section):
     """Layers of the mapping network from z to w."""
     noise: NoiseMode = "random"
     """Noise in each layer: drawn anew for each picture, fixed (a hash of pixel and layer), or off."""
-    max_pixels_in_flight: Annotated[int, Field(ge=64)] | None = None
+    max_pixels_in_flight: Annotated[int, Field(ge=64)] | None = 1 << 20
     """Without gradients, synthesise about so many pixels at once: bounds memory, not what is drawn."""
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     """The discriminator."""

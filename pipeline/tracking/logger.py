@@ -21,7 +21,7 @@ from pipeline.tracking.client import connect, without_password
 from pipeline.tracking.delivery import Entry, Lane, RefusedError, say
 
 # Error codes of answers that would be the same at the next try.
-REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE")
+REFUSALS = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE")
 
 
 class RunLogger:

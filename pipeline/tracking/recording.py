@@ -3,12 +3,13 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 
 from pipeline.config import Config, to_yaml
 from pipeline.data.manifest import read_manifest
 from pipeline.evaluation.protocol import Result
 from pipeline.storage import MissingError, join, mlflow_environment, read_bytes, write_bytes
-from pipeline.tracking.registry import log_model, register
+from pipeline.tracking.registry import LoggedGenerator, find_version, log_model, register
 from pipeline.tracking.runs import TrainingData, end_run, open_run
 from pipeline.training.checkpoint import (
     GENERATOR,
@@ -58,33 +59,74 @@ def recorded(config: Config, tags: Mapping[str, str] | None = None) -> Iterator[
         end_run(uri, run_id, status)
 
 
+@dataclass
+class Trials:
+    """The child runs of a search: ids by run name, and the names of those that failed, filled in by the search."""
+
+    run_ids: dict[str, str]
+    failed: set[str] = field(default_factory=set)
+
+
 @contextmanager
-def recorded_trials(configs: Sequence[Config], parent: str) -> Iterator[dict[str, str]]:
-    """Opens a child run for each trial of a search; yields run name to run id."""
+def recorded_trials(configs: Sequence[Config], parent: str) -> Iterator[Trials]:
+    """Opens a child run for each trial of a search and ends each as it ended."""
     with ExitStack() as stack:
-        yield {
-            config.run.name: stack.enter_context(recorded(config, {"mlflow.parentRunId": parent})) for config in configs
-        }
+        trials = Trials(
+            {
+                config.run.name: stack.enter_context(recorded(config, {"mlflow.parentRunId": parent}))
+                for config in configs
+            }
+        )
+        yield trials
+    for config in configs:
+        if config.run.name in trials.failed:
+            end_run(config.tracking_uri, trials.run_ids[config.run.name], "FAILED")
 
 
 def register_best(config: Config, run_id: str) -> str:
-    """Logs the best kept checkpoint's generator with its distances and registers it; returns the version.
+    """Logs each kept checkpoint that was measured, as a model with its distance; registers the best one.
 
-    The best is the one with the smallest distance under the last checkpoint's protocol, else the last.
+    The best has the smallest distance under the last checkpoint's protocol; without distances it is the last. One
+    that is registered already is not registered again. Returns the version.
     """
-    images_seen, info = best_checkpoint(config)
+    uri, name = config.tracking_uri, config.tracking.model_name
+    best, info = best_checkpoint(config)
+    tags = {
+        "run": config.run.name,
+        "checkpoint": checkpoint_folder(config.run_uri, best),
+        "dataset_digest": info.dataset_digest,
+    }
+    known = find_version(uri, name, run_id, tags)
+    if known is not None:
+        return known
+    for images_seen, kept in measured_checkpoints(config):
+        if images_seen not in (0, best):
+            log_checkpoint(config, run_id, images_seen, kept)
+    return register(uri, log_checkpoint(config, run_id, best, info), name, tags)
+
+
+def log_checkpoint(config: Config, run_id: str, images_seen: int, info: CheckpointInfo) -> LoggedGenerator:
+    """The averaged generator of a checkpoint as a logged model of the run."""
     folder = checkpoint_folder(config.run_uri, images_seen)
-    logged = log_model(
+    return log_model(
         config.tracking_uri,
         run_id,
         read_bytes(join(folder, GENERATOR), config.storage),
         info.config["model"],
         [Result.from_dict(result) for result in info.results],
         images_seen,
+        name=f"generator-{images_seen:010d}",
         environment=mlflow_environment(config.storage),
     )
-    tags = {"run": config.run.name, "checkpoint": folder, "dataset_digest": info.dataset_digest}
-    return register(config.tracking_uri, logged, config.tracking.model_name, tags)
+
+
+def measured_checkpoints(config: Config) -> list[tuple[int, CheckpointInfo]]:
+    """The run's checkpoints that carry a distance, oldest first."""
+    infos = [
+        (images_seen, read_info(checkpoint_folder(config.run_uri, images_seen), config.storage))
+        for images_seen in list_checkpoints(config.run_uri, config.storage)
+    ]
+    return [(images_seen, info) for images_seen, info in infos if info.results]
 
 
 def best_checkpoint(config: Config) -> tuple[int, CheckpointInfo]:

@@ -165,6 +165,16 @@ def register(uri: str, model: LoggedGenerator, model_name: str, tags: Mapping[st
     return str(version.version)
 
 
+def find_version(uri: str, model_name: str, run_id: str, tags: Mapping[str, str]) -> str | None:
+    """The version of a model that this run registered with these tags, if there is one."""
+    client = connect(uri)
+    with explained(uri, f"looking for versions of {model_name!r}"):
+        for version in client.search_model_versions(f"name = '{model_name}' and run_id = '{run_id}'"):
+            if all(version.tags.get(key) == value for key, value in tags.items()):
+                return str(version.version)
+    return None
+
+
 def promote(uri: str, model_name: str, version: str) -> Promotion:
     """Makes a version the champion if there is none yet, or if its distance is smaller than the champion's.
 

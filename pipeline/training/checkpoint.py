@@ -15,8 +15,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from pipeline.data.stream import DataConfig
 from pipeline.models.build import ModelConfig, build_generator
 from pipeline.models.cips import Generator
+from pipeline.schema import Section
 from pipeline.storage import (
     MissingError,
     StorageConfig,
@@ -27,6 +29,7 @@ from pipeline.storage import (
     read_bytes,
     write_bytes,
 )
+from pipeline.training.settings import TrainConfig
 from pipeline.training.state import TrainState
 
 GENERATOR, TRAINING, INDEX = "generator.safetensors", "training.safetensors", "checkpoint.json"
@@ -148,15 +151,15 @@ def load_checkpoint(folder: str, state: TrainState, info: CheckpointInfo, storag
 
 def prune_checkpoints(run_folder: str, keep: int, best: int | None, storage: StorageConfig) -> None:
     """Deletes all but the last `keep` checkpoints and the best one; a failure only leaves more of them."""
-    for images_seen in list_checkpoints(run_folder, storage)[:-keep]:
-        if images_seen != best:
-            folder = checkpoint_folder(run_folder, images_seen)
-            try:
+    try:
+        for images_seen in list_checkpoints(run_folder, storage)[:-keep]:
+            if images_seen != best:
+                folder = checkpoint_folder(run_folder, images_seen)
                 # First the index: a half-deleted checkpoint must not look complete.
                 delete(join(folder, INDEX), storage)
                 delete(folder, storage)
-            except (OSError, StorageError) as cause:
-                print(f"could not delete the old checkpoint {folder}: {cause}", flush=True)
+    except StorageError as cause:
+        print(f"could not delete an old checkpoint: {cause}", flush=True)
 
 
 def check_same_training(info: CheckpointInfo, config: dict[str, Any], dataset_digest: str, folder: str) -> None:
@@ -170,7 +173,7 @@ def check_same_training(info: CheckpointInfo, config: dict[str, Any], dataset_di
             f"{folder} was trained on the data set {info.dataset_digest[:12]}, but data.uri holds "
             f"{dataset_digest[:12]}; use the same data, or another run.name to start anew"
         )
-    saved, wanted = flat(info.config), flat(config)
+    saved, wanted = flat(with_defaults(info.config)), flat(config)
     differing = [
         f"{key}: {saved.get(key)!r} in the checkpoint, {wanted.get(key)!r} now"
         for key in sorted(saved.keys() | wanted.keys())
@@ -181,6 +184,17 @@ def check_same_training(info: CheckpointInfo, config: dict[str, Any], dataset_di
             f"{folder} was trained with another configuration; take its values, or another run.name to start anew\n  "
             + "\n  ".join(differing)
         )
+
+
+def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration with the defaults of keys that are younger than it."""
+    sections: dict[str, type[Section]] = {"data": DataConfig, "model": ModelConfig, "train": TrainConfig}
+    filled = {
+        name: section.model_validate(config[name]).model_dump(mode="json")
+        for name, section in sections.items()
+        if name in config
+    }
+    return config | filled
 
 
 def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -21,8 +21,9 @@ from pipeline.models.cips import Generator
 from pipeline.models.sampling import sample_sheet
 from pipeline.pictures import tile
 from pipeline.randomness import flips
-from pipeline.storage import StorageConfig
+from pipeline.storage import StorageConfig, StorageError
 from pipeline.training.checkpoint import (
+    CheckpointError,
     check_same_training,
     checkpoint_folder,
     list_checkpoints,
@@ -114,12 +115,25 @@ def check_size(manifest: Manifest, model: ModelConfig) -> None:
         )
 
 
-def resume(plan: Plan, state: TrainState, digest: str, world: World) -> int:
-    """Loads the latest complete checkpoint; returns its count of images, 0 where there is none."""
+def check_plan(plan: Plan) -> None:
+    """Refuses, before anything is started or written, what the first step of training would refuse.
+
+    Raises:
+        DataError, PlanError, CheckpointError: no finished data set, another size, another training in the folder.
+    """
+    manifest = read_manifest(plan.data.uri, plan.storage)
+    check_size(manifest, plan.model)
+    for images_seen in list_checkpoints(plan.folder, plan.storage)[-1:]:
+        folder = checkpoint_folder(plan.folder, images_seen)
+        check_same_training(read_info(folder, plan.storage), plan.resolved, manifest.digest, folder)
+
+
+def resume(plan: Plan, state: TrainState, digest: str, world: World) -> int | None:
+    """Loads the latest complete checkpoint; returns its count of images, None where there is none."""
     latest = (list_checkpoints(plan.folder, plan.storage) or [-1])[-1] if world.rank == 0 else -1
     latest = world.agree(latest)  # workers may see a bucket at different moments
     if latest < 0:
-        return 0
+        return None
     folder = checkpoint_folder(plan.folder, latest)
     info = read_info(folder, plan.storage)
     check_same_training(info, plan.resolved, digest, folder)
@@ -147,17 +161,18 @@ class _Loop:
         if world.rank == 0:
             self.observers.append(RunFolder(plan.folder, plan.storage, state.images_seen))
         self.results: list[dict[str, Any]] = []
+        self.unsaved = False
         self.began = self.tick_time = time.perf_counter()
         self.tick_images, self.tick_wait = state.images_seen, 0.0
 
-    def run(self, resumed_from: int) -> Outcome:
+    def run(self, resumed_from: int | None) -> Outcome:
         plan, state = self.plan, self.state
         total = plan.train.total_images
         with contextlib.ExitStack() as stack:
             for observer in self.observers:
                 stack.callback(observer.close)
             stream = stack.enter_context(self._stream())
-            if state.images_seen == 0:
+            if resumed_from is None:
                 self._show_reals()
                 self._boundary(stream)
             while state.images_seen < total:
@@ -168,7 +183,7 @@ class _Loop:
             state.images_seen,
             checkpoint_folder(plan.folder, state.images_seen),
             time.perf_counter() - self.began,
-            resumed_from,
+            resumed_from or 0,
             self.results or self._last_results(),
         )
 
@@ -205,26 +220,37 @@ class _Loop:
         # Told first: once a checkpoint stands, nothing before it will be told again.
         if self.world.rank == 0:
             self._tell(stream, scalars, results)
-        if self._due(train.checkpoint_kimg):
+        if self.unsaved or self._due(train.checkpoint_kimg):
             self._save(results)
         self.tick_time, self.tick_images, self.tick_wait = time.perf_counter(), seen, stream.wait_seconds
 
     def _save(self, results: list[dict[str, Any]]) -> None:
-        plan, seen = self.plan, self.state.images_seen
+        """Rank 0 writes; a store that fails costs a later retry, only at the end it fails the run (promise 8)."""
+        self.unsaved = False
         if self.world.rank == 0:
-            save_checkpoint(
-                plan.folder,
-                self.state,
-                config=plan.resolved,
-                dataset_digest=self.manifest.digest,
-                results=results,
-                storage=plan.storage,
-            )
-            folder = checkpoint_folder(plan.folder, seen)
-            for observer in self.observers:
-                observer.checkpoint(folder, seen, results)
-            prune_checkpoints(plan.folder, plan.train.keep_checkpoints, self._best(), plan.storage)
-        self.world.barrier()
+            try:
+                self._write_checkpoint(results)
+            except StorageError as cause:
+                if self.state.images_seen >= self.plan.train.total_images:
+                    raise
+                print(f"no checkpoint at {self.state.images_seen} images, tried again next tick: {cause}", flush=True)
+                self.unsaved = True
+        self.unsaved = bool(self.world.agree(int(self.unsaved)))
+
+    def _write_checkpoint(self, results: list[dict[str, Any]]) -> None:
+        plan, seen = self.plan, self.state.images_seen
+        save_checkpoint(
+            plan.folder,
+            self.state,
+            config=plan.resolved,
+            dataset_digest=self.manifest.digest,
+            results=results,
+            storage=plan.storage,
+        )
+        folder = checkpoint_folder(plan.folder, seen)
+        for observer in self.observers:
+            observer.checkpoint(folder, seen, results)
+        prune_checkpoints(plan.folder, plan.train.keep_checkpoints, self._best(), plan.storage)
 
     def _best(self) -> int | None:
         """Images seen of the checkpoint with the lowest distance so far, under the protocol of the last one."""
@@ -232,18 +258,20 @@ class _Loop:
             return None
         scored = []
         for images_seen in list_checkpoints(self.plan.folder, self.plan.storage):
-            info = read_info(checkpoint_folder(self.plan.folder, images_seen), self.plan.storage)
-            scored += [
-                (result["value"], images_seen)
-                for result in info.results
-                if self.results and result["protocol"] == self.results[-1]["protocol"]
-            ]
+            with contextlib.suppress(CheckpointError):  # an old one that is damaged has no say
+                info = read_info(checkpoint_folder(self.plan.folder, images_seen), self.plan.storage)
+                scored += [
+                    (result["value"], images_seen)
+                    for result in info.results
+                    if self.results and result["protocol"] == self.results[-1]["protocol"]
+                ]
         return min(scored)[1] if scored else None
 
     def _tell(self, stream: DataStream, scalars: dict[str, float], results: list[dict[str, Any]]) -> None:
         plan, seen = self.plan, self.state.images_seen
         columns, rows = plan.train.grid
-        sheet = sample_sheet(self.state.average, columns, rows, seed=plan.seed)
+        with self.updates.autocast():
+            sheet = sample_sheet(self.state.average, columns, rows, seed=plan.seed)
         elapsed = time.perf_counter() - self.tick_time
         tick = Tick(
             images_seen=seen,

@@ -91,7 +91,7 @@ class RunFolder(Observer):
         self.lines = [line for line in read_log(folder, storage) if line["images_seen"] <= images_seen]
 
     def tick(self, tick: Tick) -> None:
-        self.lines.append(asdict(tick))
+        self.lines = [line for line in self.lines if line["images_seen"] < tick.images_seen] + [asdict(tick)]
         self._write("log.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines).encode())
 
     def sheet(self, name: str, images_seen: int, image_HWC: np.ndarray) -> None:

@@ -5,6 +5,7 @@ pictures divided by the global batch, so neither workers nor accumulation change
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -39,6 +40,13 @@ def resolve_precision(setting: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def agreed_precision(setting: str, device: torch.device, world: World) -> torch.dtype:
+    """bf16 only where every worker has it: machines of two kinds must not train in two precisions."""
+    mine = resolve_precision(setting, device)
+    votes = world.sum_(torch.tensor([float(mine == torch.bfloat16)], device=device))
+    return torch.bfloat16 if int(votes.item()) == world.size else torch.float32
+
+
 class Updates:
     """Both updates of one training iteration, over a `TrainState` that they change in place."""
 
@@ -55,7 +63,7 @@ class Updates:
         self.share = share_of(world, train.batch_size, model.discriminator.group)
         self.parts = parts_of(self.share, model.discriminator.group, train.accumulation)
         self.size, self.patch = model.size, train.patch
-        self.precision = resolve_precision(train.precision, device)
+        self.precision = agreed_precision(train.precision, device, world)
         self.dtype = state.average.mean_w.dtype  # float32; float64 where tests ask for it
         self.positions_B = torch.arange(self.share.start, self.share.stop, device=device)
         self.grid_P2 = full_grid(model.size).to(device)
@@ -92,11 +100,11 @@ class Updates:
 
     def _update_discriminator(self, real_BCHW: Tensor, coordinates: Tensor, images_seen: int) -> None:
         def loss_of(part: slice) -> Tensor:
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad(), self.autocast():
                 fake_BP3 = self._fake(self.state.generator, coordinates, images_seen, part, for_generator=False)
             real = real_BCHW[part]
             fake = images_from_pixels(fake_BP3.to(self.dtype), *real.shape[2:])
-            with self._autocast():
+            with self.autocast():
                 # One forward for both: groups of the minibatch stddev are contiguous, so they never mix.
                 logits = self.discriminator(torch.cat([real, fake]))
             real_B, fake_B = logits.chunk(2)
@@ -116,14 +124,15 @@ class Updates:
             return penalty_B
 
         weight = self.train.r1_gamma / 2 * self.train.r1_interval
-        self._descend(self.discriminator, self.state.optimizer_discriminator, loss_of, weight)
+        with torch.backends.cudnn.flags(allow_tf32=False):  # second derivatives in full fp32 on CUDA as well
+            self._descend(self.discriminator, self.state.optimizer_discriminator, loss_of, weight)
         self._count("loss/r1")
 
     def _update_generator(self, coordinates: Tensor, images_seen: int) -> None:
         side = self.patch.size or self.size
 
         def loss_of(part: slice) -> Tensor:
-            with self._autocast():
+            with self.autocast():
                 fake_BP3 = self._fake(self.generator, coordinates, images_seen, part, for_generator=True)
                 logits_B = self.state.discriminator(images_from_pixels(fake_BP3, side, side))
             losses_B = generator_loss(logits_B)
@@ -187,9 +196,17 @@ class Updates:
         if self.world.size == 1:
             return module
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
-            module, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers, 2.11 knows no other
+            return DistributedDataParallel(
+                module,
+                device_ids=device_ids,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                # Nothing is unused; but only so DDP keeps its first layout of buckets, and with it the order of
+                # sums, which for three workers or more would differ after a restart (promise 5).
+                find_unused_parameters=True,
+            )
 
     @staticmethod
     @contextlib.contextmanager
@@ -200,7 +217,8 @@ class Updates:
             with module.no_sync():
                 yield
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """The context of matrix products in the precision of this run."""
         return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
     def _add(self, name: str, values_B: Tensor) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -56,18 +57,26 @@ def kill_a_worker_after(config: Config, images_seen: int, done: threading.Event)
     while not done.wait(0.2):
         log = read_log(config.run_uri, config.storage)
         if log and log[-1]["images_seen"] >= images_seen:
-            os.kill(max(processes("RayTrainWorker")), signal.SIGKILL)
+            os.kill(max(descendants("RayTrainWorker")), signal.SIGKILL)
             return
 
 
-def processes(title: str) -> list[int]:
-    """Process ids whose command line holds a text; Ray names its workers after their class."""
+def descendants(title: str) -> list[int]:
+    """Processes that this one's cluster has started, whose command line holds a text: Ray names workers by class."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it ended meanwhile
-            if title in path.read_bytes().decode(errors="replace"):
-                found.append(int(path.parent.name))
+            pid = int(path.parent.name)
+            if title in path.read_bytes().decode(errors="replace") and os.getpid() in ancestors(pid):
+                found.append(pid)
     return found
+
+
+def ancestors(pid: int) -> Iterator[int]:
+    """Parent, its parent, and so on."""
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        yield pid
 
 
 def test_first_light(s3: S3Server, tmp_path: Path) -> None:

@@ -52,7 +52,8 @@ def test_ingest_train_evaluate_promote_synthesize(folder: Path) -> None:
     trained = job("train", folder)
     assert "registered small version 1" in trained and "fd_efficientnet_lite0" in trained
     assert trained.count("kimg     0.") == 3
-    assert "trained 0.064 kimg" in job("train", folder)  # a finished run is not trained again
+    again = job("train", folder)  # a finished run is neither trained nor registered again
+    assert "trained 0.064 kimg" in again and "registered small version 1" in again
     evaluated = job("evaluate", folder, "--model", "models:/small/1")
     distance = json.loads((folder / "runs/small/log.jsonl").read_text().splitlines()[-1])["results"][0]["value"]
     assert f"fd_efficientnet_lite0 {distance:.3f}" in evaluated and "quick" in evaluated
@@ -81,7 +82,9 @@ def test_what_cannot_be_done_is_said_in_one_message(folder: Path) -> None:
     assert "holds no checkpoint" in job("evaluate", folder, "run.name=other", code=1)
     assert "did you mean train.batch_size" in job("train", folder, "train.batchsize=8", code=2)
     assert "no tracking server answers" in job("train", folder, "run.name=x", "tracking.uri=http://127.0.0.1:9", code=1)
+    before = (folder / "runs/small/config.yaml").read_bytes()
     assert "another configuration" in job("train", folder, "train.r1_gamma=7", code=1)
+    assert (folder / "runs/small/config.yaml").read_bytes() == before  # a refused run leaves the good one alone
     assert "Traceback" not in job("train", folder, "train.batch_size=10", code=2)
 
 

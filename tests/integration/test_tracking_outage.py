@@ -25,6 +25,7 @@ class Outage(Observer):
         self.server, self.stop, self.start = server, stop, start
         self.seen_down: list[int] = []
         self.down = False
+        self.last, self.longest_tick = 0.0, 0.0
 
     def tick(self, tick: Tick) -> None:
         if tick.images_seen == self.stop:
@@ -35,6 +36,8 @@ class Outage(Observer):
             self.down = False
         elif self.down:
             self.seen_down.append(tick.images_seen)
+            self.longest_tick = max(self.longest_tick, tick.seconds - self.last)
+        self.last = tick.seconds
 
 
 def small_config(tmp_path: Path, uri: str) -> Config:
@@ -54,6 +57,7 @@ def test_training_goes_on_and_the_log_catches_up(tmp_path: Path) -> None:
             outcome = train(config.plan(), World(), torch.device("cpu"), [outage, RunObserver(config, run_id)])
         assert outcome.images_seen == 160
         assert outage.seen_down == [64, 80, 96, 112]
+        assert outage.longest_tick < 10  # the time-out of one request: nobody has waited for one
         history = MlflowClient(server.uri).get_metric_history(run_id, "loss/D")
         assert [metric.step for metric in history] == list(range(16, 161, 16))
 
