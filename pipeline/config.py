@@ -254,6 +254,12 @@ class Config(Section):
         stored, size = self.ingest.size, self.model.size
         if stored != size:
             problems.append(f"ingest.size is {stored}: expected model.size ({size}), which it follows if left out")
+        reported = METRICS[self.evaluate.network]
+        if self.tune_metric != reported:
+            problems.append(
+                f"tune.metric is {self.tune_metric}, which no trial reports: expected {reported}, the distance of "
+                f"evaluate.network={self.evaluate.network}, or nothing"
+            )
         try:
             remote = is_remote(self.run.dir)
             is_remote(self.data.uri)

@@ -198,7 +198,7 @@ def test_a_file_extends_a_preset_and_overrides_come_last(tmp_path: Path) -> None
     path = write(tmp_path / "mine.yaml", "extends: demo\ntrain:\n  batch_size: 64\n  r1_gamma: 2\n")
     config = load_config(path, ["train.r1_gamma=3"])
     assert differing_keys(config, load_config("demo")) == ["run.name", "train.batch_size", "train.r1_gamma"]
-    assert (config.train.batch_size, config.train.r1_gamma) == (16, 3.0)
+    assert (config.train.batch_size, config.train.r1_gamma) == (64, 3.0)
 
 
 def test_a_run_is_named_after_its_config_unless_it_says_otherwise(tmp_path: Path) -> None:
@@ -349,3 +349,17 @@ def test_places_are_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert absolute("https://host/x") == "https://host/x"
     with pytest.raises(ConfigError, match="no such file comes with the package"):
         absolute("preset://data/mars.jpg")
+
+
+def test_trials_are_compared_by_what_they_report() -> None:
+    assert load_config("demo").tune_metric == "fd_efficientnet_lite0"
+    assert load_config("ffhq256").tune_metric == "fid"
+    with pytest.raises(ConfigError, match="tune.metric is fid, which no trial reports"):
+        load_config("demo", ["tune.metric=fid"])
+
+
+def test_a_database_named_from_here_is_the_same_from_elsewhere() -> None:
+    config = load_config("demo", ["tracking.uri=sqlite:///some/mlflow.db"])
+    assert config.tracking_uri == f"sqlite:///{Path.cwd()}/some/mlflow.db"
+    assert config.anchored().tracking.uri == config.tracking_uri
+    assert load_config("demo", ["tracking.uri=http://host:5000"]).anchored().tracking.uri == "http://host:5000"

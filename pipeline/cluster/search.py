@@ -43,9 +43,9 @@ def search(config: Config, run_ids: dict[str, str]) -> list[Trial]:
     """
     configs, points = trial_configs(config), trials(config)
     with ray_session(config.cluster):
-        # A trial only drives: a reserved CPU could starve the workers that it waits for, and a spot machine's end
-        # would cost them all. ray_cluster.yaml's head offers `driver`.
-        resources = {"CPU": 0} | ({"driver": 0.01} if "driver" in ray.cluster_resources() else {})
+        # A trial only drives: a reserved CPU could starve the workers that it waits for (but Tune wants something
+        # reserved), and a spot machine's end would cost them all: ray_cluster.yaml's head offers `driver`.
+        resources = {"CPU": 0, "memory": 1 << 20} | ({"driver": 0.01} if "driver" in ray.cluster_resources() else {})
         settings = [each.anchored().model_dump(mode="json") for each in configs]
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(_trial, configs=settings, run_ids=run_ids), resources),

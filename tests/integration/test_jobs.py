@@ -95,6 +95,7 @@ def test_two_workers_on_a_cluster_of_their_own_and_the_demo(folder: Path) -> Non
         f"data.uri={folder}/demo-data",
         "train.total_kimg=0.256",
         "evaluate.images=64",
+        "evaluate.real_images=",
     ]
     settings += ["evaluate.input_size=32", "train.tick_kimg=0.128", "ingest.limit=200", "synthesize.images=6"]
     printed = job("demo", folder, "--config", "demo", *settings)

@@ -2,8 +2,10 @@
 
 import os
 import secrets
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,10 +40,22 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dic
     with (home / "head.log").open("wb") as log:
         process = subprocess.Popen(head, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
+            wait_until_open(dashboard, process)
             yield f"http://127.0.0.1:{dashboard}", environment
         finally:
             process.terminate()
             process.wait(30)
+
+
+def wait_until_open(port: int, process: subprocess.Popen[bytes]) -> None:
+    """Returns once somebody listens on the port; fails if the process ends first or a minute passes."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise RuntimeError(f"the head's dashboard did not open port {port}")
 
 
 def submit(
