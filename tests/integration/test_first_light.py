@@ -94,8 +94,8 @@ def test_first_light(s3: S3Server, tmp_path: Path) -> None:
                 "run.name=light",
                 f"cluster.address={address}",
                 f"tracking.uri={server.uri}",
-                "train.total_kimg=4",
-                "train.evaluate_kimg=4",
+                "train.total_kimg=2.4",
+                "train.evaluate_kimg=2.4",
             ],
         )
         report = ingest.run(config)
@@ -113,16 +113,16 @@ def test_first_light(s3: S3Server, tmp_path: Path) -> None:
         # The kill happened, cost a restart, and left neither a gap nor a second MLflow run.
         assert len(read_restarts(config.run_uri, config.storage)) == 1
         assert trained.outcome.resumed_from >= 400
-        assert trained.outcome.images_seen == 4000
-        assert list_checkpoints(config.run_uri, config.storage)[-1] == 4000
+        assert trained.outcome.images_seen == 2400
+        assert list_checkpoints(config.run_uri, config.storage)[-1] == 2400
         log = read_log(config.run_uri, config.storage)
-        assert [line["images_seen"] for line in log] == list(range(0, 4001, 80))
+        assert [line["images_seen"] for line in log] == list(range(0, 2401, 80))
         client = MlflowClient(server.uri)
         (experiment,) = [e for e in client.search_experiments() if e.name == config.tracking.experiment]
         (run,) = client.search_runs([experiment.experiment_id])
         assert (run.info.run_id, run.info.status) == (trained.tracking_run, "FINISHED")
         steps = {metric.step for metric in client.get_metric_history(run.info.run_id, "loss/D")}
-        assert steps == set(range(80, 4001, 80))
+        assert steps == set(range(80, 2401, 80))
         assert run.data.params["train.batch_size"] == "8"
         assert run.inputs.dataset_inputs[0].dataset.digest == report.digest[:36]
 
@@ -157,7 +157,7 @@ def test_first_light(s3: S3Server, tmp_path: Path) -> None:
             assert np.asarray(sheet).std() > 1
 
         # Started again, the finished run does nothing but say so.
-        assert train.train(config, trained.tracking_run).resumed_from == 4000
+        assert train.train(config, trained.tracking_run).resumed_from == 2400
 
 
 def write_config(folder: Path, config: Config) -> str:
