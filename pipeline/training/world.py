@@ -20,11 +20,6 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def barrier(self) -> None:
-        """Waits until every worker is here."""
-        if self.size > 1:
-            dist.barrier()
-
     def agree(self, value: int) -> int:
         """Rank 0's value, on every worker."""
         if self.size == 1:
