@@ -7,13 +7,14 @@ code 2 and one message. `--help` shows the job's own text and every setting.
 """
 
 import argparse
+import contextlib
 import difflib
 import functools
 import inspect
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, ParamSpec
 
 from pipeline import fields
@@ -96,14 +97,23 @@ def failing_clearly(main: Callable[P, None]) -> Callable[P, None]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             main(*args, **kwargs)
-        except KeyboardInterrupt:
-            _end(INTERRUPTED, "interrupted; the same command goes on where it was")
+        except KeyboardInterrupt as stop:
+            _end(INTERRUPTED, "; ".join(["interrupted", *map(str, stop.args)]))
         except Exception as error:
             if type(error).__module__.partition(".")[0] not in ("pipeline", "jobs"):
                 raise
             _end(USAGE_ERROR if isinstance(error, ConfigError) else FAILURE, _as_message(error))
 
     return wrapped
+
+
+@contextlib.contextmanager
+def going_on() -> Iterator[None]:
+    """Around work that the same command takes up again: the message after Ctrl-C says so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command goes on where it was") from None
 
 
 def _as_message(error: Exception) -> str:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from jobs import ingest, promote, train
-from jobs.cli import failing_clearly, parse
+from jobs.cli import failing_clearly, going_on, parse
 from pipeline.config import Config
 from pipeline.evaluation.distance import DistanceMeter
 from pipeline.models.summary import summary_table
@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         print(summary_table(config.model, config.train.patch.size))
         return
-    done = run(config, args.config, args.overrides)
+    with going_on():
+        done = run(config, args.config, args.overrides)
     print(describe(done, config))
 
 
@@ -69,7 +70,9 @@ def run(config: Config, preset: str, overrides: Sequence[str]) -> Summary:
     trained = train.run(config)
     assert trained.tracking_run is not None and trained.version is not None
     step(3, "evaluate the bar: real tiles, blurred")
-    meter = DistanceMeter(config.evaluate, config.data, config.storage, config.statistics_uri, local_device())
+    meter = DistanceMeter(
+        config.evaluate, config.data, config.model.size, config.storage, config.statistics_uri, local_device()
+    )
     blurred = meter.of_blurred(BLUR_SIGMA)
     print(f"{blurred.metric} {blurred.value:.1f}")
     step(4, "promote in the MLflow registry")

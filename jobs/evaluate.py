@@ -45,7 +45,9 @@ def run(config: Config, model: str | None = None) -> Result:
     from pipeline.training.local import local_device
 
     device = local_device()
-    meter = DistanceMeter(config.evaluate, config.data, config.storage, config.statistics_uri, device)
+    meter = DistanceMeter(
+        config.evaluate, config.data, config.model.size, config.storage, config.statistics_uri, device
+    )
     return Result.from_dict(meter(generator.to(device)))
 
 

@@ -12,7 +12,7 @@ becomes a version of tracking.model_name; jobs.promote decides whether it become
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jobs.cli import failing_clearly, parse
+from jobs.cli import failing_clearly, going_on, parse
 from pipeline.config import Config, to_yaml
 from pipeline.models.summary import summary_table
 from pipeline.storage import join, write_bytes
@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         print(summary_table(config.model, config.train.patch.size))
         return
-    done = run(config)
+    with going_on():
+        done = run(config)
     print(f"trained {done.outcome.images_seen / 1000:g} kimg; checkpoint {done.outcome.checkpoint}")
     for result in done.outcome.results:
         print(f"{result['metric']} {result['value']:.2f}")
@@ -80,7 +81,9 @@ def train_locally(config: Config, tracking_run: str | None) -> Outcome:
     if config.train.evaluate_kimg is not None:
         from pipeline.evaluation.distance import DistanceMeter
 
-        evaluate = DistanceMeter(config.evaluate, config.data, config.storage, config.statistics_uri, local_device())
+        evaluate = DistanceMeter(
+            config.evaluate, config.data, config.model.size, config.storage, config.statistics_uri, local_device()
+        )
     return train_here(config.plan(), observers, evaluate)
 
 

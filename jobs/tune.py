@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jobs.cli import failing_clearly, parse
+from jobs.cli import failing_clearly, going_on, parse
 from pipeline.config import Config, ConfigError, trials
 from pipeline.models.summary import summary_table
 
@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for number, point in enumerate(trials(config)):
             print(f"{config.run.name}-{number:03d}  {point}")
         return
-    run(config)
+    with going_on():
+        run(config)
 
 
 def run(config: Config) -> None:

@@ -19,9 +19,9 @@ from pipeline import fields, layering, plain_yaml
 from pipeline.config_sources import PRESETS as PRESETS
 from pipeline.config_sources import absolute, read_source, read_yaml
 from pipeline.config_sources import preset_names as preset_names
-from pipeline.data.ingest import IngestConfig
 from pipeline.data.stream import DataConfig
 from pipeline.evaluation.protocol import METRICS, EvaluateConfig
+from pipeline.ingest.settings import IngestConfig
 from pipeline.layering import ConfigError, Layer
 from pipeline.models.build import ModelConfig
 from pipeline.schema import Section
@@ -252,8 +252,9 @@ class Config(Section):
     def _other_problems(self) -> list[str]:
         problems = []
         stored, size = self.ingest.size, self.model.size
-        if stored != size:
-            problems.append(f"ingest.size is {stored}: expected model.size ({size}), which it follows if left out")
+        if stored < size or (stored > size and not self.data.crop):
+            cut = "; or data.crop=true, to train on random squares" if stored > size else ""
+            problems.append(f"ingest.size is {stored}: expected model.size ({size}), which it follows if left out{cut}")
         reported = METRICS[self.evaluate.network]
         if self.tune_metric != reported:
             problems.append(

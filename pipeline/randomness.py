@@ -30,16 +30,24 @@ class Purpose(IntEnum):
     EVALUATE = 10
     EVALUATE_NOISE = 11
     MEAN_W = 12
+    CROP = 13
+    TURN = 14
+    REAL_CROP = 15
+    REAL_TURN = 16
 
 
-def words(seed: int, purpose: Purpose, images_seen: int, positions: Tensor, count: int) -> Tensor:
+def words(seed: int, purpose: Purpose, images_seen: int | Tensor, positions: Tensor, count: int) -> Tensor:
     """Random 32-bit words: int64 (B, count) in [0, 2^32), on the device of `positions`.
 
-    seed: in [0, 2^32). images_seen: in [0, 2^64). positions: int64 (B,) in [0, 2^32), places in the global
-    batch. A smaller `count` gives the first words of a larger one. Raises ValueError for anything else.
+    seed: in [0, 2^32). images_seen: in [0, 2^64), or an int64 tensor (B,) for positions of several batches.
+    positions: int64 (B,) in [0, 2^32), places in the global batch. A smaller `count` gives the first words of a
+    larger one. Raises ValueError for anything else.
     """
     _check_range("seed", seed, 1 << 32)
-    _check_range("images_seen", images_seen, 1 << 64)
+    if isinstance(images_seen, Tensor):
+        images_seen = images_seen[:, None]
+    else:
+        _check_range("images_seen", images_seen, 1 << 64)
     if positions.dtype != torch.int64 or positions.ndim != 1:
         raise ValueError(
             "positions must be an int64 tensor of shape (B,), such as torch.arange(start, stop), "
@@ -93,9 +101,24 @@ def noise_keys(seed: int, purpose: Purpose, images_seen: int, positions: Tensor)
     return words(seed, purpose, images_seen, positions, 2)
 
 
-def flips(seed: int, images_seen: int, positions: Tensor) -> Tensor:
+def flips(seed: int, images_seen: int | Tensor, positions: Tensor) -> Tensor:
     """Which pictures to mirror: bool (B,), true for half of them."""
     return words(seed, Purpose.FLIP, images_seen, positions, 1)[:, 0] >= 1 << 31
+
+
+def quarter_turns(seed: int, purpose: Purpose, images_seen: int | Tensor, positions: Tensor) -> Tensor:
+    """How many quarter turns each picture makes, counter-clockwise: int64 (B,) in 0 .. 3, each as likely."""
+    return words(seed, purpose, images_seen, positions, 1)[:, 0] >> 30
+
+
+def crop_corners(
+    seed: int, purpose: Purpose, images_seen: int | Tensor, positions: Tensor, height: int, width: int, size: int
+) -> Tensor:
+    """Top left corners (x, y) of squares of `size` pixels in larger pictures: int64 (B, 2), uniform."""
+    if size > min(height, width) or size < 1:
+        raise ValueError(f"a square of {size} pixels does not fit into pictures of {width}x{height}")
+    choices = torch.tensor([width - size + 1, height - size + 1], device=positions.device)
+    return (words(seed, purpose, images_seen, positions, 2) * choices) >> 32
 
 
 def corners(seed: int, images_seen: int, positions: Tensor, size: int, patch: int, stride: int) -> Tensor:

@@ -7,6 +7,7 @@ Every failure is a `StorageError` that names the place, the cause and what to do
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -38,7 +39,9 @@ class StorageConfig(Section):
     connect_timeout_s: float = Field(10.0, gt=0)
     """Seconds to wait for a connection."""
     request_timeout_s: float = Field(60.0, gt=0)
-    """Seconds to wait for an answer on an open connection."""
+    """Seconds to wait for an answer on an open connection, and for each next piece of it."""
+    total_timeout_s: float = Field(300.0, gt=0)
+    """Seconds until a read of training data gives up; slow-downs and lost connections are retried until then."""
 
 
 class StorageError(RuntimeError):
@@ -50,7 +53,10 @@ class MissingError(StorageError, FileNotFoundError):
 
 
 def is_remote(uri: str) -> bool:
-    """Whether the URI is on S3 rather than on this machine. Unknown schemes raise StorageError."""
+    """Whether the URI is on S3 rather than on this machine. Raises StorageError for unknown schemes and for `s3:/`."""
+    if one_slash := re.match(r"([a-z][a-z0-9]+):/(?!/)", uri):
+        fixed = uri.replace(":/", ":///" if one_slash[1] == "file" else "://", 1)
+        raise StorageError(f"{uri}: an address has two slashes; write {fixed}, or ./{uri} for a folder of that name")
     scheme = uri.split("://", 1)[0] if "://" in uri else ""
     if scheme not in ("", "file", "s3"):
         raise StorageError(f"{uri}: storage of kind {scheme!r} is not supported; use a local path, file:// or s3://")
@@ -96,8 +102,13 @@ def arrow_filesystem(uri: str, storage: StorageConfig) -> tuple[pafs.FileSystem,
     return filesystem, _s3_path(uri)
 
 
-def fsspec_filesystem(uri: str, storage: StorageConfig) -> tuple[fsspec.AbstractFileSystem, str]:
-    """An fsspec filesystem and the path in it; never one that another process or an earlier call has used."""
+def fsspec_filesystem(
+    uri: str, storage: StorageConfig, *, attempts: int | None = None
+) -> tuple[fsspec.AbstractFileSystem, str]:
+    """An fsspec filesystem and the path in it; never one that another process or an earlier call has used.
+
+    attempts: instead of storage.attempts, for callers that retry by themselves.
+    """
     if not is_remote(uri):
         return fsspec.filesystem("file", skip_instance_cache=True), str(_local_path(uri))
     region = region_of(storage)
@@ -111,7 +122,10 @@ def fsspec_filesystem(uri: str, storage: StorageConfig) -> tuple[fsspec.Abstract
         config_kwargs={
             "connect_timeout": storage.connect_timeout_s,
             "read_timeout": storage.request_timeout_s,
-            "retries": {"total_max_attempts": storage.attempts, "mode": "standard"},
+            # Both for signed addresses, which botocore would sign in an old way and for no region's own host.
+            "signature_version": "s3v4",
+            **({} if endpoint_of(storage) else {"s3": {"addressing_style": "virtual"}}),
+            "retries": {"total_max_attempts": attempts or storage.attempts, "mode": "standard"},
         },
     )
     return filesystem, _s3_path(uri)

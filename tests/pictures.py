@@ -3,14 +3,17 @@
 import functools
 import io
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from pipeline.data.ingest import IngestConfig, IngestReport, ingest
-from pipeline.storage import StorageConfig
+from pipeline.data.manifest import FOOTERS_NAME, Manifest, write_manifest
+from pipeline.ingest.ingest import IngestConfig, IngestReport, ingest
+from pipeline.ingest.shards import Sample, ShardWriter, merge_footers
+from pipeline.storage import StorageConfig, join, write_bytes
 
 BLUE_MARBLE = Path(__file__).parents[1] / "pipeline/presets/data/earth-blue-marble.jpg"
 
@@ -69,6 +72,18 @@ def write_zip(path: Path, files: dict[str, bytes]) -> Path:
 def make_data(folder: Path, count: int = 40, uri: str = "", **settings: Any) -> IngestReport:
     """A data set of 16x16 pictures, in several small row groups and shards, at `uri` or in the folder."""
     source = write_folder(folder / "source", picture_files(count))
-    small = {"size": 16, "row_group_rows": 4, "shard_bytes": 10_000, "workers": 2}
+    small = {"size": 16, "row_group_rows": 4, "shard_bytes": 10_000}
     config = IngestConfig.model_validate({"source": str(source)} | small | settings)
     return ingest(config, uri or str(folder / "data"), StorageConfig(), progress=False)
+
+
+def write_data_set(uri: str, pictures: Sequence[bytes], size: int = 16, rows: int = 4) -> Manifest:
+    """A data set of just these bytes with the right hashes, be they pictures or not, `rows` in a row group."""
+    with ShardWriter(uri, StorageConfig(), size, 1 << 20, rows, 1 << 20) as writer:
+        for number, data in enumerate(pictures):
+            writer.add(Sample(f"pictures/{number}.png", data))
+    summary, footers = merge_footers(writer.footers)
+    manifest = Manifest(size, size, tuple(writer.shards), {}, "", footers)
+    write_bytes(join(uri, FOOTERS_NAME), summary, StorageConfig())
+    write_manifest(manifest, uri, StorageConfig())
+    return manifest

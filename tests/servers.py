@@ -40,6 +40,23 @@ class S3Server:
     bucket: str
     """Exists from the start."""
     log: Path
+    command: list[str]
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts it on its folder and ports, also after `stop`; returns when it stores objects."""
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                self.command, stdout=output, stderr=subprocess.STDOUT, cwd=self.log.parent, start_new_session=True
+            )
+        _wait_until_ready(self, self.process)
+
+    def stop(self) -> None:
+        """Kills it as a power cut does; what is stored stays."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def filesystem(self, **options: Any) -> pafs.S3FileSystem:
         """A client of the test's own, independent of the code under test."""
@@ -84,19 +101,12 @@ def s3_server() -> Iterator[S3Server]:
         (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
         (folder / "data").mkdir()
         port, command = _command(weed, folder)
-        log = folder / "weed.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True
-            )
+        server = S3Server(f"http://127.0.0.1:{port}", access_key, secret_key, "", folder / "weed.log", command)
         try:
-            server = S3Server(f"http://127.0.0.1:{port}", access_key, secret_key, "", log)
-            server.bucket = _first_bucket(server, process)
+            server.start()
             yield server
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            server.stop()
 
 
 def _command(weed: str, folder: Path) -> tuple[int, list[str]]:
@@ -117,6 +127,7 @@ def _command(weed: str, folder: Path) -> tuple[int, list[str]]:
         "s3.port.iceberg": "0",
         "s3.port.lance": "0",
         "master.telemetry": "false",
+        "master.electionTimeout": "500ms",  # a master that is started again elects itself after that
         "master.volumeSizeLimitMB": "64",
         "volume.max": "0",
         "volume.preStopSeconds": "0",
@@ -124,15 +135,15 @@ def _command(weed: str, folder: Path) -> tuple[int, list[str]]:
     return ports["s3.port"], [weed, "server", *(f"-{name}={value}" for name, value in options.items())]
 
 
-def _first_bucket(server: S3Server, process: subprocess.Popen[bytes]) -> str:
-    """Waits until the whole chain (master, volume, filer, gateway) stores an object; its bucket."""
+def _wait_until_ready(server: S3Server, process: subprocess.Popen[bytes]) -> None:
+    """Until the whole chain (master, volume, filer, gateway) stores an object; the first time it makes the bucket."""
     deadline = time.monotonic() + READY_DEADLINE_S
     while True:
         try:
-            bucket = server.new_bucket()
-            with server.filesystem().open_output_stream(f"{bucket}/ready") as stream:
+            server.bucket = server.bucket or server.new_bucket()
+            with server.filesystem().open_output_stream(f"{server.bucket}/ready") as stream:
                 stream.write(b"ready")
-            return bucket
+            return
         except OSError as error:
             if process.poll() is not None or time.monotonic() > deadline:
                 tail = server.log.read_text(errors="replace")[-2000:]

@@ -5,8 +5,8 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline.data.ingest import IngestConfig, ingest
 from pipeline.data.stream import DataConfig
+from pipeline.ingest.ingest import IngestConfig, ingest
 from pipeline.models.build import DiscriminatorConfig, ModelConfig
 from pipeline.storage import StorageConfig
 from pipeline.training.loop import Plan
@@ -48,11 +48,11 @@ def small_pictures(folder: Path, count: int = 40, size: int = 16) -> Path:
     return folder
 
 
-def small_data(folder: Path, count: int = 40) -> DataConfig:
+def small_data(folder: Path, count: int = 40, **layout: int) -> DataConfig:
     """The same pictures as shards, decoded by the reference decoder."""
     source = small_pictures(folder / "pictures", count)
     uri = str(folder / "shards")
-    ingest(IngestConfig(source=str(source), size=16), uri, StorageConfig(), progress=False)
+    ingest(IngestConfig(source=str(source), size=16, **layout), uri, StorageConfig(), progress=False)
     return DataConfig(uri=uri, decoder="pillow")
 
 

@@ -23,13 +23,14 @@ from pipeline.config import (
     to_yaml,
     trials,
 )
-from pipeline.data.ingest import IngestConfig
+from pipeline.ingest.settings import IngestConfig
 from pipeline.layering import SECRET_KEY
 from pipeline.models.build import ModelConfig
 
 SECTIONS = "run storage ingest data model train evaluate tracking cluster tune synthesize".split()
 NAMED_KEYS = """
-    run.name run.seed run.dir data.uri data.decoder ingest.format ingest.filter train.total_kimg
+    run.name run.seed run.dir data.uri data.decoder data.on_corrupt data.cache_bytes ingest.format ingest.filter
+    train.total_kimg
     train.batch_size train.accumulation train.precision train.patch.size train.patch.strides
     train.r1_gamma train.ema_kimg train.evaluate_kimg train.lazy_rescale model.generator model.size
     model.width model.widths model.noise model.max_pixels_in_flight cluster.backend cluster.workers
@@ -137,6 +138,16 @@ def test_the_stored_size_follows_the_trained_one() -> None:
     )
     assert "ingest.size is 128: expected model.size (64)" in refused("model.size=64", "ingest.size=128")
     assert "ingest.size is 128: expected model.size (256)" in refused("ingest.size=128")
+
+
+def test_stored_pictures_may_be_larger_than_trained_ones_where_training_crops_them() -> None:
+    larger = ["model.size=64", "ingest.size=80"]
+    assert "expected model.size (64), which it follows if left out; or data.crop=true" in refused(*larger)
+    config = load_config(None, [*larger, "data.crop=true"])
+    assert (config.ingest.size, config.model.size) == (80, 64)
+    assert load_config(None, ["model.size=64", "data.crop=true"]).ingest.size == 64
+    smaller = refused("model.size=64", "ingest.size=48", "data.crop=true")
+    assert "ingest.size is 48: expected model.size (64)" in smaller and "data.crop" not in smaller
 
 
 def test_a_remote_run_needs_a_tracking_server() -> None:

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from pipeline.data.decode import DaliDecoder, DecodeError, Decoder, PillowDecoder, make_decoder
+from pipeline.data.views import Augmentation, Views
+from pipeline.packages import MissingPackageError
 from tests.pictures import encoded, pixels
 
 CPU = torch.device("cpu")
@@ -19,17 +21,27 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def dali(size: int, batch_size: int) -> Decoder:
+def kind_of(stored: int, size: int | None = None) -> Augmentation:
+    """Whole pictures of `stored` pixels, or squares of `size` pixels cut from them."""
+    return Augmentation(stored, stored, size or stored, crop=size is not None, rotate=True, flip=True)
+
+
+def dali(size: int, batch_size: int, crop: int | None = None) -> Decoder:
     pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
-    return DaliDecoder(size, size, batch_size, 1, CPU)
+    return DaliDecoder(kind_of(size, crop), batch_size, 1, CPU)
 
 
-def pillow(size: int, batch_size: int) -> Decoder:
-    return PillowDecoder(size, size, CPU)
+def pillow(size: int, batch_size: int, crop: int | None = None) -> Decoder:
+    return PillowDecoder(kind_of(size, crop), CPU)
 
 
 both = pytest.mark.parametrize("make", [dali, pillow])
-Make = Callable[[int, int], Decoder]
+Make = Callable[..., Decoder]
+PLAIN = Views()
+
+
+def flipped(*flips: bool) -> Views:
+    return Views(flips_B=np.array(flips))
 
 
 def batch(count: int, size: int, name: str = "png") -> list[np.ndarray]:
@@ -40,17 +52,17 @@ def batch(count: int, size: int, name: str = "png") -> list[np.ndarray]:
 @pytest.mark.parametrize("name", FORMATS)
 def test_dali_and_pillow_agree(name: str) -> None:
     pictures = batch(8, 48, name)
-    flips = np.array([False, True] * 4)
-    difference = dali(48, 8).decode(pictures, flips).int() - pillow(48, 8).decode(pictures, flips).int()
+    views = flipped(*[False, True] * 4)
+    difference = dali(48, 8).decode(pictures, views).int() - pillow(48, 8).decode(pictures, views).int()
     assert difference.abs().float().mean() <= (0 if "png" in name or "lossless" in name else 2)
 
 
 @both
 def test_pixels_and_flips_are_right(make: Make) -> None:
     pictures = batch(5, 32)
-    flips = np.array([False, True, True, False, True])
+    flips = [False, True, True, False, True]
     decoder = make(32, 5)
-    decoded = decoder.decode(pictures, flips)
+    decoded = decoder.decode(pictures, flipped(*flips))
     assert decoded.dtype == torch.uint8 and decoded.shape == (5, 32, 32, 3)
     for one, picture, flip in zip(decoded.numpy(), pictures, flips, strict=True):
         expected = pixels(picture)
@@ -62,8 +74,7 @@ def test_pixels_and_flips_are_right(make: Make) -> None:
 def test_smaller_batches_and_earlier_results(make: Make) -> None:
     pictures = batch(6, 32)
     decoder = make(32, 6)
-    none = np.zeros(6, dtype=bool)
-    results = [decoder.decode(pictures[:count], none[:count]) for count in (6, 1, 4, 6)]
+    results = [decoder.decode(pictures[:count], PLAIN) for count in (6, 1, 4, 6)]
     whole = np.stack([pixels(picture) for picture in pictures])
     for count, result in zip((6, 1, 4, 6), results, strict=True):  # the decoder has not written over them
         assert np.array_equal(result.numpy(), whole[:count])
@@ -73,7 +84,7 @@ def test_smaller_batches_and_earlier_results(make: Make) -> None:
 
 def test_more_pictures_than_agreed_are_refused() -> None:
     with pytest.raises(ValueError, match="3 pictures.*built for 2"):
-        dali(32, 2).decode(batch(3, 32), np.zeros(3, dtype=bool))
+        dali(32, 2).decode(batch(3, 32), PLAIN)
 
 
 @both
@@ -81,28 +92,48 @@ def test_more_pictures_than_agreed_are_refused() -> None:
 def test_a_corrupt_picture_is_named_and_the_next_batch_is_fine(make: Make, name: str) -> None:
     pictures = batch(5, 32, name)
     decoder = make(32, 5)
-    none = np.zeros(5, dtype=bool)
     for bad in (pictures[3][: len(pictures[3]) // 3], np.frombuffer(b"no picture at all", dtype=np.uint8)):
         with pytest.raises(DecodeError, match="cannot be decoded") as caught:
-            decoder.decode([*pictures[:3], bad, pictures[4]], none)
+            decoder.decode([*pictures[:3], bad, pictures[4]], PLAIN)
         assert caught.value.position == 3
-    assert decoder.decode(pictures, none).shape == (5, 32, 32, 3)
+    assert decoder.decode(pictures, PLAIN).shape == (5, 32, 32, 3)
 
 
 @both
 def test_a_picture_of_another_size_is_named(make: Make) -> None:
     pictures = [*batch(2, 32), *batch(1, 40), *batch(1, 32)]
-    words = r"has shape \(40, 40, 3\), the manifest says \(32, 32, 3\)"
-    with pytest.raises(DecodeError, match=words) as caught:
-        make(32, 4).decode(pictures, np.zeros(4, dtype=bool))
-    assert caught.value.position == 2
+    for crop in (None, 24):
+        with pytest.raises(DecodeError, match="is 40x40, the manifest says 32x32") as caught:
+            make(32, 4, crop).decode(pictures, PLAIN)
+        assert caught.value.position == 2
+
+
+@both
+def test_squares_are_cut_turned_and_mirrored(make: Make) -> None:
+    pictures = batch(6, 48)
+    corners = np.array([[0, 0], [5, 11], [16, 16], [0, 16], [16, 0], [7, 7]], dtype=np.int32)
+    turns, flips = np.array([0, 1, 2, 3, 1, 0]), np.array([False, False, True, True, True, True])
+    decoded = make(48, 6, 32).decode(pictures, Views(corners, turns, flips)).numpy()
+    for one, picture, (x, y), turn, flip in zip(decoded, pictures, corners, turns, flips, strict=True):
+        square = np.rot90(pixels(picture)[y : y + 32, x : x + 32], turn)
+        assert np.array_equal(one, square[:, ::-1] if flip else square)
+
+
+def test_batches_that_are_kept_are_not_written_over() -> None:
+    """DALI hands its buffers over without a copy: many of them, kept at once, must stay what they were."""
+    pictures = batch(64, 32)
+    decoder = dali(32, 4)
+    kept = [decoder.decode(pictures[start : start + 4], PLAIN) for start in range(0, 64, 4)]
+    for start in range(0, 64, 4):  # the pictures again, in another order
+        decoder.decode(pictures[60 - start : 64 - start], PLAIN)
+    assert np.array_equal(torch.cat(kept).numpy(), np.stack([pixels(picture) for picture in pictures]))
 
 
 def test_absent_dali_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    with pytest.raises(ImportError, match=r"cips-pipeline\[dali\].*data.decoder=pillow"):
-        make_decoder("dali", 8, 8, 1, 1, CPU)
-    assert isinstance(make_decoder("pillow", 8, 8, 1, 1, CPU), PillowDecoder)
+    with pytest.raises(MissingPackageError, match=r"cips-pipeline\[dali\].*data.decoder=pillow"):
+        make_decoder("dali", kind_of(8), 1, 1, CPU)
+    assert isinstance(make_decoder("pillow", kind_of(8), 1, 1, CPU), PillowDecoder)
 
 
 @pytest.mark.gpu
@@ -111,10 +142,10 @@ def test_absent_dali_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_dali_on_the_gpu_agrees_with_pillow(name: str) -> None:
     pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
     device = torch.device("cuda", 0)
-    pictures, flips = batch(8, 48, name), np.array([False, True] * 4)
-    decoder = make_decoder("dali", 48, 48, 8, 1, device)
-    results = [decoder.decode(pictures, flips) for _ in range(3)]
+    pictures, views = batch(8, 48, name), Views(None, np.arange(8) % 4, np.arange(8) > 3)
+    decoder = make_decoder("dali", kind_of(48), 8, 1, device)
+    results = [decoder.decode(pictures, views) for _ in range(3)]
     assert results[0].device == device
-    expected = pillow(48, 8).decode(pictures, flips).int()
+    expected = pillow(48, 8).decode(pictures, views).int()
     for result in results:
         assert (result.cpu().int() - expected).abs().float().mean() <= (0 if "png" in name else 2)

@@ -11,12 +11,14 @@ from PIL import Image, JpegImagePlugin
 
 from pipeline.data.picture import (
     PictureError,
+    any_size,
     deviation,
     encode,
     fit,
     fit_bytes,
     open_rgb,
     tile_corners,
+    upright_size,
 )
 from tests.pictures import encoded, land, pixels
 
@@ -174,3 +176,28 @@ def test_deviation_is_that_of_numpy_averaged_over_channels() -> None:
         expected = pixels_HWC.reshape(-1, 3).astype(np.float64).std(axis=0).mean()
         assert deviation(pixels_HWC) == pytest.approx(expected, rel=1e-12)
     assert deviation(np.full((8, 8, 3), 200, dtype=np.uint8)) == 0
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_header_tells_the_size_that_decoding_gives(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(land(3, 40, 24), kind, exif=exif)
+    assert upright_size(data) == open_rgb(data)[0].size == ((24, 40) if orientation > 4 else (40, 24))
+
+
+def test_a_header_that_is_none_is_explained() -> None:
+    with pytest.raises(PictureError, match="cannot be decoded"):
+        upright_size(b"no picture")
+
+
+def test_very_large_pictures_are_refused_unless_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(1, 64)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(PictureError, match="DecompressionBomb"):
+        open_rgb(data)
+    with any_size():
+        assert open_rgb(data)[0].size == upright_size(data) == (64, 64)
+    with pytest.raises(PictureError, match="DecompressionBomb"):
+        open_rgb(data)

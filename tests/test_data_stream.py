@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -9,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.data.manifest import DataError, Manifest, read_manifest, write_manifest
-from pipeline.data.order import batch_indices
-from pipeline.data.shards import Sample, ShardWriter
-from pipeline.data.stream import DataConfig, DataStream, read_images
-from pipeline.randomness import flips
+from pipeline.data import stream as stream_module
+from pipeline.data.manifest import FOOTERS_NAME, DataError, Manifest, read_manifest, write_manifest
+from pipeline.data.order import Order
+from pipeline.data.stream import DataConfig, DataStream, augmentation, read_images
+from pipeline.data.views import Views, fixed_views, training_views
+from pipeline.ingest.shards import Sample, ShardWriter, merge_footers
 from pipeline.storage import StorageConfig, delete
 from tests.pictures import encoded, make_data, picture_files, pixels
 from tests.servers import S3Server
@@ -47,7 +50,7 @@ def no_threads_left() -> Iterator[None]:
 
 
 def settings(uri: str, **changes: Any) -> DataConfig:
-    small = {"uri": uri, "decoder": "pillow", "shuffle_row_groups": 3, "read_ahead": 2, "threads": 2}
+    small = {"uri": uri, "decoder": "pillow", "flip": False, "read_ahead": 2, "threads": 2}
     return DataConfig.model_validate(small | changes)
 
 
@@ -58,57 +61,85 @@ def take(manifest: Manifest, data: DataConfig, count: int, **changes: Any) -> Te
         return torch.stack([next(stream) for _ in range(count)])
 
 
-def mirror(seen: int, positions: Tensor) -> Tensor:
-    return flips(9, seen, positions)
+def order_of(manifest: Manifest, data: DataConfig, batch: int = BATCH) -> Order:
+    rows = [group.rows for group in manifest.row_groups]
+    return Order(rows, manifest.digest, 5, batch, data.shuffle_row_groups)
 
 
 def test_batches_are_the_pictures_that_the_order_names(uri: str, manifest: Manifest) -> None:
     found = take(manifest, settings(uri), 8)  # more than two epochs
     assert found.dtype == torch.uint8 and found.shape == (8, BATCH, 16, 16, 3)
     stored = [pixels(data) for _, data in sorted(picture_files(40).items())]
-    rows = [group.rows for group in manifest.row_groups]
-    for number, batch in enumerate(found.numpy()):
-        indices = batch_indices(rows, manifest.digest, 5, BATCH, number * BATCH, window=3)
-        assert np.array_equal(batch, np.stack([stored[index] for index in indices]))
+    indices = order_of(manifest, settings(uri)).at(0, range(BATCH), 8)
+    for batch, expected in zip(found.numpy(), indices, strict=True):
+        assert np.array_equal(batch, np.stack([stored[index] for index in expected]))
 
 
 @pytest.mark.parametrize("parts", [[6, 6], [4, 4, 4], [8, 4], [1, 11]])
 def test_any_split_gives_the_same_pictures(uri: str, manifest: Manifest, parts: list[int]) -> None:
-    whole = take(manifest, settings(uri), 5, flips=mirror)
+    whole = take(manifest, settings(uri, flip=True), 5)
     ends = np.cumsum(parts).tolist()
     shares = [range(end - part, end) for part, end in zip(parts, ends, strict=True)]
-    pieces = [take(manifest, settings(uri), 5, positions=share, flips=mirror) for share in shares]
+    pieces = [take(manifest, settings(uri, flip=True), 5, positions=share) for share in shares]
     assert torch.equal(torch.cat(pieces, dim=1), whole)
 
 
 @pytest.mark.parametrize("batches", [1, 3, 7])
 def test_resuming_is_going_on(uri: str, manifest: Manifest, batches: int) -> None:
-    whole = take(manifest, settings(uri), batches + 3, flips=mirror)
-    resumed = take(manifest, settings(uri), 3, images_seen=batches * BATCH, flips=mirror)
+    whole = take(manifest, settings(uri, flip=True), batches + 3)
+    resumed = take(manifest, settings(uri, flip=True), 3, images_seen=batches * BATCH)
     assert torch.equal(resumed, whole[batches:])
 
 
-def test_another_batch_size_goes_through_the_same_pictures(uri: str, manifest: Manifest) -> None:
-    twelve = take(manifest, settings(uri), 4).flatten(0, 1)
-    sixteen = take(manifest, settings(uri), 3, batch_size=16, positions=range(16)).flatten(0, 1)
-    assert torch.equal(twelve, sixteen)
-
-
-def test_flips_are_the_callers_and_can_be_turned_off(uri: str, manifest: Manifest) -> None:
+def test_flips_are_drawn_by_place_and_images_seen(uri: str, manifest: Manifest) -> None:
     plain = take(manifest, settings(uri), 3)
-    assert torch.equal(take(manifest, settings(uri, flip=False), 3, flips=mirror), plain)
-    flipped = take(manifest, settings(uri), 3, flips=mirror, positions=range(4, 12))
+    flipped = take(manifest, settings(uri, flip=True), 3, positions=range(4, 12))
+    kind = augmentation(manifest, settings(uri, flip=True))
     for number in range(3):
-        turned = mirror(number * BATCH, torch.arange(4, 12))
-        assert turned.any() and not turned.all()
-        expected = torch.where(turned[:, None, None, None], plain[number, 4:].flip(2), plain[number, 4:])
-        assert torch.equal(flipped[number], expected)
+        turned = training_views(kind, 5, number * BATCH, torch.arange(4, 12)).flips_B
+        assert turned is not None and turned.any() and not turned.all()
+        chosen = torch.from_numpy(turned)[:, None, None, None]
+        assert torch.equal(flipped[number], torch.where(chosen, plain[number, 4:].flip(2), plain[number, 4:]))
+
+
+def test_random_squares_and_turns_while_training_and_fixed_ones_to_measure(uri: str, manifest: Manifest) -> None:
+    data = settings(uri, crop=True, rotate=True)
+    found = take(manifest, data, 8, size=12)
+    assert found.shape == (8, BATCH, 12, 12, 3)
+    stored = [pixels(picture) for _, picture in sorted(picture_files(40).items())]
+    kind = augmentation(manifest, data, 12)
+    for number, indices in enumerate(order_of(manifest, data).at(0, range(BATCH), 8)):
+        views = training_views(kind, 5, number * BATCH, torch.arange(BATCH))
+        assert np.array_equal(found[number].numpy(), looked_at(stored, indices, views))
+    real = torch.cat(list(read_images(manifest, data, STORAGE, [3, 39, 0], 2, 12)))
+    indices = np.array([3, 39, 0])
+    assert np.array_equal(real.numpy(), looked_at(stored, indices, fixed_views(kind, torch.from_numpy(indices))))
+
+
+def looked_at(stored: list[np.ndarray], indices: np.ndarray, views: Views) -> np.ndarray:
+    """Squares of 12 pixels by numpy alone."""
+    assert views.corners_B2 is not None and views.turns_B is not None
+    cut = zip(indices, views.corners_B2, views.turns_B, strict=True)
+    return np.stack([np.rot90(stored[index][y : y + 12, x : x + 12], turn) for index, (x, y), turn in cut])
+
+
+@pytest.mark.parametrize(
+    "crop, size, words",
+    [
+        (False, 12, "model.size is 12.*pictures of 16x16.*ingest.size=12, or set data.crop=true"),
+        (True, 20, "model.size is 20.*pictures of 16x16.*model.size=16, or ingest with ingest.size=20$"),
+    ],
+)
+def test_pictures_that_do_not_fit_are_refused(uri: str, manifest: Manifest, crop: bool, size: int, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        take(manifest, settings(uri, crop=crop), 1, size=size)
 
 
 def test_both_decoders_give_the_same_stream(uri: str, manifest: Manifest) -> None:
     pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
-    pillow = take(manifest, settings(uri), 4, flips=mirror).int()
-    dali = take(manifest, settings(uri, decoder="dali"), 4, flips=mirror).int()
+    moves = {"flip": True, "crop": True, "rotate": True}
+    pillow = take(manifest, settings(uri, **moves), 4, size=12).int()
+    dali = take(manifest, settings(uri, decoder="dali", **moves), 4, size=12).int()
     assert (pillow - dali).abs().float().mean(dim=(2, 3, 4)).max() <= 2
 
 
@@ -125,6 +156,46 @@ def test_a_batch_larger_than_the_data_set(tmp_path: Path) -> None:
     batches = take(small, data, 2)
     assert len({picture.numpy().tobytes() for picture in batches.flatten(0, 1)[:5]}) == 5
     assert len({picture.numpy().tobytes() for picture in batches.flatten(0, 1)}) == 5
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_workers_read_each_row_group_once_an_epoch(tmp_path: Path, workers: int) -> None:
+    """The bound of 1 + W/R, counted at the reader, with a memory that is far smaller than the data."""
+    make_data(tmp_path, 320)
+    data = settings(str(tmp_path / "data"), shuffle_row_groups=1, read_ahead=1)
+    manifest = read_manifest(data.uri, STORAGE)
+    groups = len(manifest.row_groups)
+    assert groups == 80
+    requests = []
+    for rank in range(workers):
+        share = range(8 * rank // workers, 8 * (rank + 1) // workers)
+        with DataStream(manifest, data, STORAGE, seed=2, batch_size=8, positions=share) as stream:
+            for _ in range(5 * 320 // 8):
+                next(stream)
+            ahead = stream._capacity + len(share)  # what it has read already for the sixth epoch
+            requests.append(stream._samples._reader.requests - ahead)
+    assert 4 * groups < sum(requests) <= 5 * (groups + workers)
+
+
+@pytest.mark.parametrize("count", [1, 3, 17])
+def test_a_data_set_smaller_than_a_batch_starts_at_once(
+    tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_data(tmp_path, count)
+    data = settings(str(tmp_path / "data"))
+    manifest = read_manifest(data.uri, STORAGE)
+    planned: list[int] = []
+    plan = DataStream._plan
+
+    def counted(stream: DataStream, images_seen: int) -> Any:
+        planned.append(images_seen)
+        return plan(stream, images_seen)
+
+    monkeypatch.setattr(DataStream, "_plan", counted)
+    with DataStream(manifest, data, STORAGE, seed=1, batch_size=64, positions=range(64)) as stream:
+        for _ in range(20):
+            assert next(stream).shape == (64, 16, 16, 3)
+    assert len(planned) <= 4, "more was planned than the batches that were asked for and those ahead"
 
 
 def test_read_images_by_index(uri: str, manifest: Manifest) -> None:
@@ -147,7 +218,9 @@ def with_bad_picture(folder: Path, decoder: str) -> DataConfig:
         for number in range(12):
             bad = number == 6
             writer.add(Sample(f"pictures/{number}.png", b"not a picture" if bad else encoded(number)))
-    write_manifest(Manifest(16, 16, tuple(writer.shards), {}, ""), str(folder), STORAGE)
+    summary, footers = merge_footers(writer.footers)
+    (folder / FOOTERS_NAME).write_bytes(summary)
+    write_manifest(Manifest(16, 16, tuple(writer.shards), {}, "", footers), str(folder), STORAGE)
     return settings(str(folder), decoder=decoder)
 
 
@@ -156,7 +229,7 @@ def test_a_corrupt_picture_is_named(tmp_path: Path, decoder: str) -> None:
     if decoder == "dali":
         pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
     data = with_bad_picture(tmp_path, decoder)
-    words = r"shard-00000.parquet, row group 1, row 2 \('pictures/6.png'\) cannot be decoded"
+    words = r"shard-00000-00.parquet, row group 1, row 2 \('pictures/6.png'\) cannot be decoded"
     with pytest.raises(DataError, match=words):
         take(read_manifest(data.uri, STORAGE), data, 1)
     with pytest.raises(DataError, match=words):
@@ -168,30 +241,83 @@ def test_a_truncated_shard_is_named_by_next(tmp_path: Path) -> None:
     data = settings(str(tmp_path / "data"))
     manifest = read_manifest(data.uri, STORAGE)
     path = tmp_path / "data" / manifest.shards[1].file
-    path.write_bytes(path.read_bytes()[:-100])
+    path.write_bytes(path.read_bytes()[: manifest.shards[1].row_groups[-1].offset + 9])
     with DataStream(manifest, data, STORAGE, seed=1, batch_size=40, positions=range(40)) as stream:
-        with pytest.raises(DataError, match=f"{path.name}: truncated"):
+        with pytest.raises(DataError, match=f"{path.name}, row group .: truncated"):
             next(stream)
         with pytest.raises(ValueError, match="closed"):
             next(stream)
 
 
-def test_what_goes_wrong_in_flips_is_raised_by_next(uri: str, manifest: Manifest) -> None:
-    def wrong(seen: int, positions: Tensor) -> Tensor:
+@pytest.mark.parametrize("decoder", ["pillow", "dali"])
+def test_skipping_takes_the_next_picture_whoever_reads_it(tmp_path: Path, decoder: str) -> None:
+    data = with_bad_picture(tmp_path, decoder).model_copy(update={"on_corrupt": "skip"})
+    manifest = read_manifest(data.uri, STORAGE)
+    indices = order_of(manifest, data).at(0, range(BATCH), 4)
+    stored = [pixels(encoded(number)) for number in range(12)]
+    expected = np.stack([stored[7 if index == 6 else index] for index in indices.ravel()]).reshape(4, BATCH, 16, 16, 3)
+    with DataStream(manifest, data, STORAGE, seed=5, batch_size=BATCH, positions=range(BATCH)) as stream:
+        found = np.stack([next(stream).numpy() for _ in range(4)])
+        assert stream.replaced == (indices == 6).sum() == 4
+    assert np.array_equal(found, expected)
+    for resumed in range(4):  # by a worker that begins anywhere and has some of the places
+        part = take(manifest, data, 1, images_seen=resumed * BATCH, positions=range(3, 8))
+        assert np.array_equal(part[0].numpy(), expected[resumed, 3:8])
+    whole = torch.cat(list(read_images(manifest, data, STORAGE, range(12), 5))).numpy()
+    assert np.array_equal(whole, np.stack([stored[7 if index == 6 else index] for index in range(12)]))
+
+
+def test_skipping_a_row_group_takes_the_same_row_of_the_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_data(tmp_path, 40)
+    data = settings(str(tmp_path / "data"), on_corrupt="skip")
+    manifest = read_manifest(data.uri, STORAGE)
+    damaged = [group for group, one in enumerate(manifest.row_groups) if one.file == manifest.shards[-1].file]
+    Path(data.uri, manifest.shards[-1].file).unlink()  # with all row groups of this shard, the last one among them
+    starts = np.cumsum([0, *(group.rows for group in manifest.row_groups)])
+    stand_in = {starts[group] + row: row % manifest.row_groups[0].rows for group in damaged for row in range(4)}
+    stored = [pixels(picture) for _, picture in sorted(picture_files(40).items())]
+    indices = order_of(manifest, data).at(0, range(BATCH), 4).ravel()
+    found = take(manifest, data, 4).flatten(0, 1).numpy()
+    assert set(indices.tolist()) & set(stand_in)
+    assert np.array_equal(found, np.stack([stored[stand_in.get(index, index)] for index in indices]))
+    said = capsys.readouterr().out
+    assert said.count("skipped from now on") == len(damaged) and f"{manifest.shards[-1].file}" in said
+
+
+def test_nothing_but_damage_is_an_error(tmp_path: Path) -> None:
+    make_data(tmp_path, 8)
+    data = settings(str(tmp_path / "data"), on_corrupt="skip")
+    manifest = read_manifest(data.uri, STORAGE)
+    for shard in manifest.shards:
+        Path(data.uri, shard.file).unlink()
+    with pytest.raises(
+        DataError, match=f"{data.uri}: no sample of the data set can be read, the first because.*missing"
+    ):
+        take(manifest, data, 1)
+
+
+def test_what_goes_wrong_in_the_thread_is_raised_by_next(
+    uri: str, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*_: Any) -> Views:
         raise ZeroDivisionError("in the thread")
 
+    monkeypatch.setattr(stream_module, "training_views", wrong)
     with pytest.raises(ZeroDivisionError, match="in the thread"):
-        take(manifest, settings(uri), 1, flips=wrong)
+        take(manifest, settings(uri), 1)
 
 
-def test_close_is_prompt_whatever_the_thread_does(uri: str, manifest: Manifest) -> None:
+def test_close_is_prompt_whatever_the_thread_does(
+    uri: str, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     released, entered = threading.Event(), threading.Event()
 
-    def stuck(seen: int, positions: Tensor) -> Tensor:
-        if seen == 2 * BATCH:
-            entered.set()
-            released.wait(timeout=30)
-        return mirror(seen, positions)
+    def stuck(*draw: Any) -> Views:
+        entered.set()
+        released.wait(timeout=30)
+        return training_views(*draw)
 
     full = DataStream(manifest, settings(uri), STORAGE, seed=1, batch_size=BATCH, positions=range(BATCH))
     while not full._batches.full():
@@ -202,7 +328,8 @@ def test_close_is_prompt_whatever_the_thread_does(uri: str, manifest: Manifest) 
     assert time.monotonic() - began < 4 and not full._thread.is_alive()
     with pytest.raises(ValueError, match="closed"):
         next(full)
-    busy = DataStream(manifest, settings(uri), STORAGE, seed=1, batch_size=BATCH, positions=range(BATCH), flips=stuck)
+    monkeypatch.setattr(stream_module, "training_views", stuck)
+    busy = DataStream(manifest, settings(uri), STORAGE, seed=1, batch_size=BATCH, positions=range(BATCH))
     assert entered.wait(timeout=30)
     threading.Timer(0.2, released.set).start()
     began = time.monotonic()
@@ -210,16 +337,29 @@ def test_close_is_prompt_whatever_the_thread_does(uri: str, manifest: Manifest) 
     assert time.monotonic() - began < 4 and not busy._thread.is_alive()
 
 
-def test_waiting_is_measured(uri: str, manifest: Manifest) -> None:
+def test_a_process_ends_well_with_a_stream_that_nobody_closed(uri: str) -> None:
+    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+    program = f"""
+from pipeline.data.manifest import read_manifest
+from pipeline.data.stream import DataConfig, DataStream
+from pipeline.storage import StorageConfig
+manifest = read_manifest({uri!r}, StorageConfig())
+stream = DataStream(manifest, DataConfig(uri={uri!r}), StorageConfig(), seed=0, batch_size=8, positions=range(8))
+print(next(stream).shape)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "torch.Size([8, 16, 16, 3])\n"), done.stderr
+
+
+def test_waiting_is_measured(uri: str, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
 
-    def slow(seen: int, positions: Tensor) -> Tensor:
+    def slow(*draw: Any) -> Views:
         release.wait(timeout=30)
-        return mirror(seen, positions)
+        return training_views(*draw)
 
-    with DataStream(
-        manifest, settings(uri), STORAGE, seed=1, batch_size=BATCH, positions=range(BATCH), flips=slow
-    ) as stream:
+    monkeypatch.setattr(stream_module, "training_views", slow)
+    with DataStream(manifest, settings(uri), STORAGE, seed=1, batch_size=BATCH, positions=range(BATCH)) as stream:
         assert stream.wait_seconds == 0
         threading.Timer(0.3, release.set).start()
         began = time.perf_counter()
@@ -231,6 +371,11 @@ def test_waiting_is_measured(uri: str, manifest: Manifest) -> None:
         before = stream.wait_seconds
         next(stream)
         assert stream.wait_seconds - before < 0.2
+
+
+def test_a_cache_needs_a_place_that_all_workers_find() -> None:
+    with pytest.raises(ValueError, match="data.cache_dir is 'cache': expected an absolute path"):
+        DataConfig(cache_dir="cache")
 
 
 @pytest.mark.parametrize("positions", [range(0), range(5, 13), range(-1, 3)])
@@ -246,8 +391,8 @@ def test_streaming_from_s3_is_like_streaming_from_disk(s3: S3Server, tmp_path: P
     make_data(tmp_path, 40, uri=remote)
     local, far = (read_manifest(uri, STORAGE) for uri in (str(tmp_path / "data"), remote))
     assert local.digest == far.digest
-    expected = take(local, settings(str(tmp_path / "data")), 8, flips=mirror)
-    assert torch.equal(take(far, settings(remote), 8, flips=mirror), expected)
+    expected = take(local, settings(str(tmp_path / "data")), 8)
+    assert torch.equal(take(far, settings(remote), 8), expected)
     delete(f"{remote}/{far.shards[1].file}", STORAGE)
-    with pytest.raises(DataError, match=f"{far.shards[1].file}: missing"):
+    with pytest.raises(DataError, match=f"{far.shards[1].file}, row group .: missing"):
         take(far, settings(remote), 4)

@@ -32,6 +32,7 @@ OTHER: dict[str, Any] = {
     "precision": "bf16",
     "seed": 1,
     "quick": False,
+    "views": "random 8 of 10x10",
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 from jobs import cli
 from pipeline import plain_yaml
 from pipeline.config import Config, ConfigError, describe_fields, load_config, to_yaml
+from pipeline.packages import MissingPackageError
 from pipeline.storage import StorageError
 
 JOB = '''"""Does a small thing.
@@ -170,9 +171,10 @@ def test_help_starts_with_the_jobs_own_text(capsys: pytest.CaptureFixture[str]) 
         (ConfigError("one"), 2, "one"),
         (ConfigError("first\nsecond"), 2, "the config cannot be used\n  first\n  second"),
         (StorageError("x is gone"), 1, "x is gone"),
-        (KeyboardInterrupt(), 130, "interrupted; the same command goes on where it was"),
+        (MissingPackageError("run pip install x"), 1, "run pip install x"),
+        (KeyboardInterrupt(), 130, "interrupted"),
     ],
-    ids=["config", "problems", "store", "stop"],
+    ids=["config", "problems", "store", "package", "stop"],
 )
 def test_explained_errors_are_one_message(
     capsys: pytest.CaptureFixture[str], error: BaseException, code: int, message: str
@@ -185,6 +187,19 @@ def test_explained_errors_are_one_message(
         main()
     assert caught.value.code == code
     assert capsys.readouterr().err == f"python -m jobs.NAME: {message}\n"
+
+
+def test_work_that_goes_on_says_so_when_it_is_stopped(capsys: pytest.CaptureFixture[str]) -> None:
+    @cli.failing_clearly
+    def main() -> None:
+        with cli.going_on():
+            raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 130
+    said = capsys.readouterr().err
+    assert said == "python -m jobs.NAME: interrupted; the same command goes on where it was\n"
 
 
 def test_defects_keep_their_traceback() -> None:

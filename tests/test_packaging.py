@@ -37,7 +37,8 @@ def imports_of(*folders: str) -> set[str]:
 def test_training_without_ray_needs_few_packages() -> None:
     names = {canonicalize_name(requirement.name) for requirement in REQUIREMENTS}
     assert names == {
-        "fsspec", "numpy", "pillow", "pyarrow", "pydantic", "pyyaml", "s3fs", "safetensors", "torch", "tqdm",
+        "aiohttp", "botocore", "fsspec", "numpy", "pillow", "pyarrow", "pydantic", "pyyaml", "s3fs", "safetensors",
+        "tenacity", "torch", "tqdm",
     }  # fmt: skip
 
 
@@ -78,7 +79,7 @@ def test_what_is_installed_is_what_is_pinned() -> None:
 
 def test_all_brings_what_a_node_needs() -> None:
     (everything,) = EXTRAS["all"]
-    assert everything.extras == {"cluster", "tracking", "dali", "evaluation"}
+    assert everything.extras == {"cluster", "tracking", "dali", "evaluation", "lmdb", "benchmark"}
     assert set(EXTRAS) == {*everything.extras, "all", "aws", "test"}
     (ray,) = EXTRAS["cluster"]
     assert {"default", "train", "tune"} <= ray.extras  # `ray job submit` needs the dashboard

@@ -19,6 +19,8 @@ from pipeline.config import (
 
 PAPER = ["churches256", "ffhq256", "landscapes256", "satellite-buildings256", "satellite-landscapes256"]
 
+STORED = dict.fromkeys(PAPER, 256) | {"satellite-buildings256": 300, "satellite-landscapes256": 512}
+
 
 def leaves(tree: dict, prefix: str = "") -> dict:
     """Dotted keys that a file states."""
@@ -67,7 +69,7 @@ def test_the_papers_numbers(name: str) -> None:
     assert (model.latent, model.mapping_layers) == (512, 8)
     assert (model.discriminator.channel_base, model.discriminator.channel_max) == (32768, 512)
     assert model.discriminator.group == 4
-    assert config.ingest.size == 256
+    assert config.ingest.size == STORED[name]
     assert (config.cluster.workers, config.cluster.use_gpu) == (8, True)
     assert train.batch_size // config.cluster.workers == model.discriminator.group
     assert (config.evaluate.network, config.evaluate.images, config.evaluate.truncation) == (
@@ -84,19 +86,13 @@ def test_only_ffhq_is_resized_with_a_box() -> None:
     assert {load_config(name).ingest.filter for name in PAPER if name != "ffhq256"} == {"lanczos"}
 
 
-@pytest.mark.parametrize(
-    ("name", "source_size", "tiles"),
-    [("satellite-buildings256", 300, 1), ("satellite-landscapes256", 512, 4)],
-)
-def test_satellite_pictures_are_cut_and_not_shrunk(name: str, source_size: int, tiles: int) -> None:
-    from pipeline.data.picture import tile_corners
-
-    ingest = load_config(name).ingest
-    assert ingest.tile is not None
-    assert ingest.tile.size == ingest.size
-    assert ingest.tile.minimum_deviation == 0
-    corners = tile_corners(source_size, source_size, ingest.tile.size, ingest.tile.stride, ingest.tile.latitude)
-    assert len(corners) == tiles
+def test_what_is_drawn_while_training() -> None:
+    """Crops and turns are not baked into what is stored."""
+    drawn = {name: (load_config(name).data.crop, load_config(name).data.rotate) for name in PAPER}
+    assert drawn == dict.fromkeys(PAPER, (False, False)) | {
+        "satellite-buildings256": (True, True),
+        "satellite-landscapes256": (True, False),
+    }
 
 
 def test_the_demo_needs_nothing_but_this_package() -> None:

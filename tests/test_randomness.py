@@ -49,6 +49,10 @@ def test_purposes_are_what_checkpoints_and_seeds_rely_on() -> None:
         "EVALUATE": 10,
         "EVALUATE_NOISE": 11,
         "MEAN_W": 12,
+        "CROP": 13,
+        "TURN": 14,
+        "REAL_CROP": 15,
+        "REAL_TURN": 16,
     }
 
 
@@ -66,8 +70,8 @@ def test_no_two_draws_are_shared() -> None:
         for seed, purpose, images in itertools.product((0, 1), Purpose, (0, 32, (1 << 32), (1 << 32) + 32))
     ]
     words = torch.cat(drawn).flatten()
-    # Birthday bound: of n words in 2^32, n^2 / 2^33 = 0.01 pairs are expected to be equal.
-    assert len(words) == 9216
+    # Birthday bound: of n words in 2^32, n^2 / 2^33 = 0.02 pairs are expected to be equal.
+    assert len(words) == 12288
     assert len(words.unique()) == len(words)
 
 
@@ -116,6 +120,22 @@ def test_box_muller_of_extreme_words_is_finite() -> None:
     extremes = torch.tensor([0, 1, 255, 256, (1 << 31), (1 << 32) - 1])
     for word_0, word_1 in itertools.product(extremes, extremes):
         assert all(value.isfinite() and value.abs() < 5.8 for value in randomness.normal_from_words(word_0, word_1))
+
+
+def test_quarter_turns_are_fair() -> None:
+    turns = randomness.quarter_turns(3, randomness.Purpose.TURN, 0, MANY)
+    counts = torch.bincount(turns, minlength=4)
+    assert len(counts) == 4 and (counts - 5_000).abs().max() < 4 * 61  # standard deviations
+
+
+def test_crop_corners_are_uniform_over_all_valid_places() -> None:
+    corners = randomness.crop_corners(5, randomness.Purpose.CROP, 0, MANY, height=12, width=10, size=8)
+    assert corners.min(dim=0).values.tolist() == [0, 0] and corners.max(dim=0).values.tolist() == [2, 4]
+    counts = torch.bincount(corners[:, 1] * 3 + corners[:, 0], minlength=15)
+    expected = 20_000 / 15
+    assert float(((counts - expected) ** 2 / expected).sum()) < 36.1  # chi-square, 14 degrees, 0.1%
+    with pytest.raises(ValueError, match="a square of 11 pixels does not fit into pictures of 10x12"):
+        randomness.crop_corners(0, randomness.Purpose.CROP, 0, MANY, height=12, width=10, size=11)
 
 
 def test_flips_are_fair() -> None:

@@ -21,7 +21,7 @@ def commands() -> list[list[str]]:
         elif line.startswith("python -m jobs."):
             for name, value in variables.items():
                 line = line.replace(f"${name}", value)
-            job, *arguments = shlex.split(line.removeprefix("python -m jobs."))
+            job, *arguments = shlex.split(line.removeprefix("python -m jobs."), comments=True)
             if job == "submit":
                 job, option, _, *arguments = arguments
                 assert option == "--address"
@@ -32,7 +32,10 @@ def commands() -> list[list[str]]:
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_its_commands_resolve(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     job, *arguments = command
-    importlib.import_module(f"jobs.{job}").main([*arguments, "--dry-run"])
+    try:
+        importlib.import_module(f"jobs.{job}").main([*arguments, "--dry-run"])
+    except SystemExit as ended:
+        assert (job, ended.code) == ("ingest", 1), "only an ingest looks at its source, which is not here"
     assert "run:" in capsys.readouterr().out
 
 

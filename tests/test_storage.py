@@ -136,12 +136,22 @@ def test_local_uris_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     write_bytes("~/deep/x", b"1", STORAGE)
     assert read_bytes(f"file://{tmp_path}/deep/x", STORAGE) == read_bytes("deep/x", STORAGE) == b"1"
+    write_bytes("./s3:/b", b"2", STORAGE)
+    assert (tmp_path / "s3:" / "b").read_bytes() == b"2" and not is_remote("C:/x")
     assert not is_remote("~/deep") and not is_remote("file:///x") and is_remote("s3://b/k")
 
 
 @pytest.mark.parametrize(
     "uri, word",
-    [("gs://b/k", "gs"), ("http://b/k", "http"), ("", "empty"), ("s3://", "bucket"), ("s3:///k", "bucket")],
+    [
+        ("gs://b/k", "gs"),
+        ("http://b/k", "http"),
+        ("", "empty"),
+        ("s3://", "bucket"),
+        ("s3:///k", "bucket"),
+        ("s3:/b/k", "two slashes; write s3://b/k, or ./s3:/b/k"),
+        ("file:/b/k", "write file:///b/k,"),
+    ],
 )
 def test_addresses_that_mean_nothing_are_explained(uri: str, word: str) -> None:
     with pytest.raises(StorageError, match=word):

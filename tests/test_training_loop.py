@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.data.manifest import DataError, read_manifest
 from pipeline.data.stream import DataConfig
 from pipeline.models.cips import Generator
 from pipeline.storage import StorageConfig
@@ -218,7 +219,21 @@ def test_another_data_set_is_refused(tmp_path: Path, data: DataConfig) -> None:
         run(small_plan(tmp_path / "run", other))
 
 
+def test_pictures_that_stand_in_for_damaged_ones_are_counted(tmp_path: Path) -> None:
+    """One shard of the data set is lost: with data.on_corrupt=skip the run ends well, and its log says how often."""
+    data = small_data(tmp_path, row_group_rows=10, shard_bytes=5_000)
+    manifest = read_manifest(data.uri, StorageConfig())
+    lost = manifest.shards[0]
+    Path(data.uri, lost.file).unlink()
+    with pytest.raises(DataError, match=f"{lost.file}, row group 0: missing"):
+        run(small_plan(tmp_path / "fails", data))
+    plan = small_plan(tmp_path / "skips", data.model_copy(update={"on_corrupt": "skip"}), total_kimg=0.08)
+    assert run(plan).images_seen == 80  # two epochs of 40 pictures
+    replaced = [line["scalars"].get("data/replaced", 0) for line in read_log(plan.folder, plan.storage)]
+    assert sum(replaced) == 2 * lost.rows
+
+
 def test_pictures_of_another_size_are_refused(tmp_path: Path, data: DataConfig) -> None:
     plan = small_plan(tmp_path, data)
-    with pytest.raises(ValueError, match="model.size is 32, but the data set holds pictures of 16x16"):
+    with pytest.raises(DataError, match="model.size is 32, but the data set holds pictures of 16x16"):
         run(Plan(**{**plan.__dict__, "model": plan.model.model_copy(update={"size": 32})}))

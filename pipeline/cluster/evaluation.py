@@ -37,7 +37,9 @@ def evaluate_on_ray(config: Config, generator: Generator) -> Result:
 
 def meter_of(config: Config, device: torch.device, part: int = 0, parts: int = 1) -> DistanceMeter:
     """The meter of a configuration, for one of several parts of the pictures."""
-    return DistanceMeter(config.evaluate, config.data, config.storage, config.statistics_uri, device, part, parts)
+    return DistanceMeter(
+        config.evaluate, config.data, config.model.size, config.storage, config.statistics_uri, device, part, parts
+    )
 
 
 def _moments(settings: dict[str, Any], generator: Generator | None, part: int, parts: int) -> tuple[bool, Moments]:

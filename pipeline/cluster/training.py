@@ -106,6 +106,7 @@ def reported(config: Config, device: torch.device, world: World) -> Evaluate:
     meter = DistanceMeter(
         config.evaluate,
         config.data,
+        config.model.size,
         config.storage,
         config.statistics_uri,
         device,

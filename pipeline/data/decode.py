@@ -1,4 +1,7 @@
-"""Encoded pictures to pixels: NVIDIA DALI on CPU or GPU, and Pillow as the reference twin."""
+"""Encoded pictures to pixels: NVIDIA DALI on CPU or GPU, and Pillow as the reference twin.
+
+Both only decode and cut out the square that is asked for; turning and mirroring come after, the same for both.
+"""
 
 import importlib
 import io
@@ -11,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.data.picture import READABLE
+from pipeline.data.views import Augmentation, Views, turned_
+from pipeline.packages import MissingPackageError
 
 DecoderName = Literal["dali", "pillow"]
 
@@ -26,10 +31,11 @@ class DecodeError(RuntimeError):
 class Decoder(Protocol):
     """Stateless from call to call; used by one thread."""
 
-    def decode(self, encoded: Sequence[np.ndarray], flips: np.ndarray) -> Tensor:
-        """Pictures (uint8, one array each) to uint8 RGB (B, H, W, 3), mirrored where flips (bool) is set.
+    def decode(self, encoded: Sequence[np.ndarray], views: Views) -> Tensor:
+        """Pictures (uint8, one array each) to uint8 RGB (B, size, size, 3), each in its view.
 
-        All have one size; any number up to the decoder's largest batch. Raises DecodeError.
+        Any number up to the decoder's largest batch. Raises DecodeError, also for a picture of another size than the
+        data set's.
         """
         ...
 
@@ -38,37 +44,37 @@ class Decoder(Protocol):
         ...
 
 
-def make_decoder(
-    name: DecoderName, height: int, width: int, batch_size: int, threads: int, device: torch.device
-) -> Decoder:
-    """batch_size: the most pictures ever decoded at once. Raises ImportError with what to install."""
+def make_decoder(name: DecoderName, kind: Augmentation, batch_size: int, threads: int, device: torch.device) -> Decoder:
+    """batch_size: the most pictures ever decoded at once. Raises MissingPackageError with what to install."""
     if name == "pillow":
-        return PillowDecoder(height, width, device)
-    return DaliDecoder(height, width, batch_size, threads, device)
+        return PillowDecoder(kind, device)
+    return DaliDecoder(kind, batch_size, threads, device)
 
 
 class PillowDecoder:
     """Slow and simple: what every other decoder is compared with."""
 
-    def __init__(self, height: int, width: int, device: torch.device) -> None:
-        self._shape, self._device = (height, width, 3), device
+    def __init__(self, kind: Augmentation, device: torch.device) -> None:
+        self._kind, self._device = kind, device
 
-    def decode(self, encoded: Sequence[np.ndarray], flips: np.ndarray) -> Tensor:
-        pixels = np.empty((len(encoded), *self._shape), dtype=np.uint8)
-        for position, (one, flip) in enumerate(zip(encoded, flips, strict=True)):
+    def decode(self, encoded: Sequence[np.ndarray], views: Views) -> Tensor:
+        kind = self._kind
+        height, width = (kind.size, kind.size) if kind.crop else (kind.height, kind.width)
+        pixels_BHWC = np.empty((len(encoded), height, width, 3), dtype=np.uint8)
+        for position, one in enumerate(encoded):
             picture = self._open(position, one)
-            pixels[position] = picture[:, ::-1] if flip else picture
-        return torch.from_numpy(pixels).to(self._device)
+            x, y = (0, 0) if views.corners_B2 is None else views.corners_B2[position].tolist()
+            pixels_BHWC[position] = picture[y : y + height, x : x + width]
+        return turned_(torch.from_numpy(pixels_BHWC).to(self._device), views)
 
     def _open(self, position: int, encoded: np.ndarray) -> np.ndarray:
         try:
             with Image.open(io.BytesIO(encoded.data), formats=READABLE) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
+                pixels_HWC = np.asarray(picture.convert("RGB"))
         except Exception as error:  # Pillow's decoders raise nearly any kind on damaged input
             raise DecodeError(position, f"cannot be decoded ({type(error).__name__}: {error})") from error
-        if pixels.shape != self._shape:
-            raise DecodeError(position, f"has shape {pixels.shape}, the manifest says {self._shape}")
-        return pixels
+        _check_shape(position, pixels_HWC.shape[:2], self._kind)
+        return pixels_HWC
 
     def close(self) -> None:
         pass
@@ -77,57 +83,63 @@ class PillowDecoder:
 class DaliDecoder:
     """DALI in pipeline mode. On CUDA it decodes there; otherwise it needs neither GPU nor driver."""
 
-    def __init__(self, height: int, width: int, batch_size: int, threads: int, device: torch.device) -> None:
-        self._shape, self._device = (height, width, 3), device
+    def __init__(self, kind: Augmentation, batch_size: int, threads: int, device: torch.device) -> None:
+        self._kind, self._device = kind, device
         self._batch_size, self._threads = batch_size, threads
         self._pipeline = self._build()
 
-    def decode(self, encoded: Sequence[np.ndarray], flips: np.ndarray) -> Tensor:
+    def decode(self, encoded: Sequence[np.ndarray], views: Views) -> Tensor:
         if len(encoded) > self._batch_size:
             raise ValueError(f"{len(encoded)} pictures were given to a decoder built for {self._batch_size} at once")
         try:
-            pictures = self._run(encoded, flips)
+            pictures, shapes = self._run(encoded, views.corners_B2)
         except RuntimeError:
             self._pipeline = self._build()  # one bad picture makes a pipeline unusable
             self._blame(encoded)
             raise
-        for position, shape in enumerate(pictures.shape()):
-            if shape != self._shape:
-                raise DecodeError(position, f"has shape {shape}, the manifest says {self._shape}")
-        # DALI may reuse its buffers in the next run: the copy makes the tensor the caller's.
-        copied = torch.from_dlpack(pictures.as_tensor()).to(self._device, copy=True)
-        if copied.is_cuda:  # the copy is queued, not done
-            torch.cuda.current_stream(copied.device).synchronize()
-        return copied
+        for position, shape in enumerate(shapes):
+            _check_shape(position, shape[:2], self._kind)
+        # Without a copy: the dynamic executor hands its buffers over, and takes new ones for the next run.
+        return turned_(torch.from_dlpack(pictures.as_tensor()), views)
 
-    def _run(self, encoded: Sequence[np.ndarray], flips: np.ndarray) -> Any:
+    def _run(self, encoded: Sequence[np.ndarray], corners_B2: np.ndarray | None) -> tuple[Any, Sequence[Any]]:
+        """The decoded squares, and the sizes (height, width, ...) of the pictures that they were cut from."""
         self._pipeline.feed_input("encoded", list(encoded))
-        self._pipeline.feed_input("flips", flips.astype(np.int32))
-        return self._pipeline.run()[0]
+        if self._kind.crop:
+            corners = np.zeros((len(encoded), 2), dtype=np.int32) if corners_B2 is None else corners_B2
+            self._pipeline.feed_input("corners", np.ascontiguousarray(corners))
+        outputs = self._pipeline.run()
+        return outputs[0], outputs[1].as_array().tolist() if self._kind.crop else outputs[0].shape()
 
     def _blame(self, encoded: Sequence[np.ndarray]) -> None:
         """DALI does not say which picture of a batch it could not decode: they are tried one by one."""
         for position, one in enumerate(encoded):
             try:
-                self._run([one], np.zeros(1, dtype=bool))
+                self._run([one], None)
             except RuntimeError as error:
                 self._pipeline = self._build()
                 cause = " ".join(str(error).split("encountered:")[-1].split("Current pipeline")[0].split())
                 raise DecodeError(position, f"cannot be decoded by DALI ({cause})") from error
 
     def _build(self) -> Any:
-        return _dali_pipeline(self._batch_size, self._threads, self._device)
+        return _dali_pipeline(self._kind, self._batch_size, self._threads, self._device)
 
     def close(self) -> None:
         self._pipeline = None
 
 
-def _dali_pipeline(batch_size: int, threads: int, device: torch.device) -> Any:
+def _check_shape(position: int, shape: Sequence[int], kind: Augmentation) -> None:
+    height, width = shape
+    if (height, width) != (kind.height, kind.width):
+        raise DecodeError(position, f"is {width}x{height}, the manifest says {kind.width}x{kind.height}")
+
+
+def _dali_pipeline(kind: Augmentation, batch_size: int, threads: int, device: torch.device) -> Any:
     try:
         dali = importlib.import_module("nvidia.dali")
         fn, types = importlib.import_module("nvidia.dali.fn"), importlib.import_module("nvidia.dali.types")
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             f"data.decoder=dali needs NVIDIA DALI ({error}); pip install 'cips-pipeline[dali]', or set "
             f"data.decoder=pillow"
         ) from error
@@ -138,11 +150,16 @@ def _dali_pipeline(batch_size: int, threads: int, device: torch.device) -> Any:
         num_threads=threads,
         device_id=device_id,  # None, unlike the default, promises not to touch CUDA
         prefetch_queue_depth=1,  # the stream reads ahead itself
+        exec_dynamic=True,  # its outputs stay ours, see `decode`
     )
     with pipeline:
         encoded = fn.external_source(name="encoded", batch=True, dtype=types.UINT8, ndim=1)
-        flips = fn.external_source(name="flips", batch=True, dtype=types.INT32, ndim=0)
         pictures = fn.decoders.image(encoded, device="mixed" if cuda else "cpu", output_type=types.RGB)
-        pipeline.set_outputs(fn.flip(pictures, horizontal=flips))
+        if kind.crop:
+            corners = fn.external_source(name="corners", batch=True, dtype=types.INT32, ndim=1)
+            square = fn.slice(pictures, start=corners, shape=[kind.size, kind.size], axis_names="WH")
+            pipeline.set_outputs(square, fn.peek_image_shape(encoded))
+        else:
+            pipeline.set_outputs(pictures)
     pipeline.build()
     return pipeline

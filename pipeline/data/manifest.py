@@ -5,15 +5,22 @@ without listing anything, and damage is found before a picture is decoded.
 """
 
 import hashlib
+import io
 import json
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from pipeline.storage import MissingError, StorageConfig, join, read_bytes, write_bytes
 
 NAME = "manifest.json"
-VERSION = 1
+FOOTERS_NAME = "_metadata"
+VERSION = 2
+REPLACE = "run jobs.ingest again with ingest.overwrite=true"
+THRIFT_LIMIT = 2**31 - 1  # of elements and bytes; the defaults guard against strangers' files, this one is hashed
 
 
 class DataError(RuntimeError):
@@ -50,6 +57,14 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Footers:
+    """The file `_metadata`: Parquet's own summary of all shards, so that no reader asks for their footers."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """An immutable data set of pictures of one size. Sample i is the i-th row over all shards in order."""
 
@@ -60,6 +75,7 @@ class Manifest:
     """The settings of the ingest that decide what is stored."""
     source: str
     """Fingerprint of the names and sizes of the source's files."""
+    footers: Footers
 
     @cached_property
     def row_groups(self) -> tuple[RowGroup, ...]:
@@ -82,21 +98,6 @@ class Manifest:
 
 def write_manifest(manifest: Manifest, uri: str, storage: StorageConfig) -> None:
     """Store it: from this moment on the data set exists."""
-    shards = []
-    for shard in manifest.shards:
-        groups = [
-            {"rows": group.rows, "offset": group.offset, "bytes": group.bytes, "sha256": group.sha256}
-            for group in shard.row_groups
-        ]
-        shards.append(
-            {
-                "file": shard.file,
-                "bytes": shard.bytes,
-                "rows": shard.rows,
-                "sha256": shard.sha256,
-                "row_groups": groups,
-            }
-        )
     content = {
         "version": VERSION,
         "digest": manifest.digest,
@@ -105,8 +106,10 @@ def write_manifest(manifest: Manifest, uri: str, storage: StorageConfig) -> None
         "samples": manifest.samples,
         "parameters": manifest.parameters,
         "source": manifest.source,
-        "shards": shards,
+        "footers": {"bytes": manifest.footers.bytes, "sha256": manifest.footers.sha256},
+        "shards": [shard_to_dict(shard) for shard in manifest.shards],
     }
+    content["sha256"] = _hash_of(content)
     write_bytes(join(uri, NAME), json.dumps(content, indent=1).encode(), storage)
 
 
@@ -126,25 +129,85 @@ def read_manifest(uri: str, storage: StorageConfig) -> Manifest:
         content = json.loads(text)
         version = content["version"]
         if version != VERSION:
-            raise DataError(f"{place}: has version {version}, this code reads {VERSION}; run jobs.ingest again")
+            raise DataError(f"{place}: has version {version}, this code reads {VERSION}; {REPLACE}")
         manifest = Manifest(
             height=content["height"],
             width=content["width"],
-            shards=tuple(_shard(shard) for shard in content["shards"]),
+            shards=tuple(shard_from_dict(shard) for shard in content["shards"]),
             parameters=content["parameters"],
             source=content["source"],
+            footers=Footers(content["footers"]["bytes"], content["footers"]["sha256"]),
         )
-        stated = content["digest"]
+        stated, whole = content["digest"], content["sha256"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{place}: damaged ({error!r}); restore it or run jobs.ingest again") from error
+        raise DataError(f"{place}: damaged ({error!r}); restore it or {REPLACE}") from error
     if stated != manifest.digest:
-        raise DataError(f"{place}: its digest does not match its content; restore it or run jobs.ingest again")
+        raise DataError(f"{place}: its digest does not match its content; restore it or {REPLACE}")
+    if whole != _hash_of(content):  # what the digest leaves out: settings, source, places in files
+        raise DataError(f"{place}: damaged (its hash differs from its content's); restore it or {REPLACE}")
     if manifest.samples == 0:
-        raise DataError(f"{place}: the data set has no samples; run jobs.ingest with other settings")
+        raise DataError(f"{place}: the data set has no samples; {REPLACE}")
     return manifest
 
 
-def _shard(content: dict[str, Any]) -> Shard:
+def _hash_of(content: dict[str, Any]) -> str:
+    """SHA-256 (hex) of everything in the manifest's file except this hash, however it is laid out."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_footers(manifest: Manifest, uri: str, storage: StorageConfig) -> pq.FileMetaData:
+    """The footers of all shards as one: its row group k is the data set's row group k, at its place in its shard.
+
+    Raises DataError if `_metadata` is absent or is not what the manifest says, StorageError where S3 fails.
+    """
+    place = join(uri, FOOTERS_NAME)
+    try:
+        data = read_bytes(place, storage)
+    except MissingError as error:
+        raise DataError(f"{place}: missing, though the manifest names it; restore it or {REPLACE}") from error
+    return check_footers(manifest, uri, data)
+
+
+def check_footers(manifest: Manifest, uri: str, data: bytes) -> pq.FileMetaData:
+    """What `read_footers` gives, from the bytes of `_metadata`. Raises DataError if the manifest says otherwise."""
+    place, wanted = join(uri, FOOTERS_NAME), manifest.footers
+    if len(data) != wanted.bytes:
+        kind = "truncated" if len(data) < wanted.bytes else "changed"
+        raise DataError(
+            f"{place}: {kind} ({len(data)} bytes, the manifest says {wanted.bytes}); restore it or {REPLACE}"
+        )
+    if hashlib.sha256(data).hexdigest() != wanted.sha256:
+        raise DataError(f"{place}: damaged (its hash differs from the manifest's); restore it or {REPLACE}")
+    try:
+        footers = parse_footers(data)
+    except (pa.ArrowException, OSError) as error:  # right by its hash: nothing that this pyarrow reads
+        raise DataError(f"{place}: cannot be read as Parquet ({error}); {REPLACE}") from error
+    if footers.num_row_groups != len(manifest.row_groups):
+        count = len(manifest.row_groups)
+        raise DataError(f"{place}: has {footers.num_row_groups} row groups, the manifest {count}; {REPLACE}")
+    return footers
+
+
+def parse_footers(data: bytes) -> pq.FileMetaData:
+    """A Parquet footer, or a summary of many, from the bytes of its file. Raises pa.ArrowException, OSError."""
+    limits = {"thrift_string_size_limit": THRIFT_LIMIT, "thrift_container_size_limit": THRIFT_LIMIT}
+    with pq.ParquetFile(io.BytesIO(data), **limits) as file:
+        return file.metadata
+
+
+def shard_to_dict(shard: Shard) -> dict[str, Any]:
+    """For JSON."""
+    groups = [
+        {"rows": group.rows, "offset": group.offset, "bytes": group.bytes, "sha256": group.sha256}
+        for group in shard.row_groups
+    ]
+    whole = {"file": shard.file, "bytes": shard.bytes, "rows": shard.rows, "sha256": shard.sha256}
+    return {**whole, "row_groups": groups}
+
+
+def shard_from_dict(content: dict[str, Any]) -> Shard:
+    """Raises KeyError and TypeError for what is no shard's."""
     groups = tuple(
         RowGroup(content["file"], index, group["rows"], group["offset"], group["bytes"], group["sha256"])
         for index, group in enumerate(content["row_groups"])

@@ -1,9 +1,18 @@
 """Which sample stands where in the endless stream of training pictures. Pure functions of integers.
 
-The stream is epoch after epoch without a gap; the picture at position p of the batch that follows
-`images_seen` stands at n = images_seen + p. In each epoch row groups are permuted, and samples are shuffled
-within windows of consecutive permuted row groups, so a reader holds one window at a time. Nothing depends on
-the number of workers, and every epoch visits each sample once.
+The stream is epoch after epoch without a gap; the picture at place p of the batch that follows `images_seen`
+stands at n = images_seen + p. In each epoch the row groups are permuted, and the row of samples that they make
+is cut into one stretch for each place of the global batch (`spread` stretches for each). A place walks through
+its own stretch, whose samples are shuffled within their row groups:
+
+    permuted row groups   | 7     | 2     | 9     | 4     | 0     | ...
+    stretches             | ---- 0 ----> | <--- 1 ---- | ---- 2 ----> | ...
+
+So the pictures of a batch come from different row groups, but for stretches that share one on their border; a
+worker reads only the row groups of its places, and holds one for each stretch. Neighbouring stretches are walked in
+opposite directions: both reach the row group on their border at the same time, and it is read once. Nothing depends
+on the number of workers, every epoch visits each sample once, and any place of the stream is computed without what
+came before.
 """
 
 import functools
@@ -14,85 +23,116 @@ import numpy as np
 
 from pipeline.ops.philox import MASK, philox4x32
 
-GROUPS, SAMPLES = 0, 1
+GROUPS, SAMPLES, TURNS = 0, 1, 2
 """Last counter word: what is shuffled."""
 
 
 class Order:
-    """The order of one data set under one seed. All methods are pure; the last few windows are kept."""
+    """The order of one data set under one seed. All methods are pure; what they shuffled last is kept."""
 
-    def __init__(self, rows: Sequence[int], digest: str, seed: int, window: int) -> None:
-        """rows: samples in each row group. digest: the manifest's. window: row groups shuffled together."""
-        if sum(rows) <= 0 or min(rows) < 0:
-            raise ValueError(f"a data set needs samples, got {sum(rows)} in {len(rows)} row groups; ingest pictures")
-        if sum(rows) > MASK:
-            raise ValueError(f"a data set holds at most {MASK} samples, got {sum(rows)}; split it")
-        if window < 1:
-            raise ValueError(f"the shuffle window is {window} row groups; expected at least 1")
+    def __init__(self, rows: Sequence[int] | np.ndarray, digest: str, seed: int, batch_size: int, spread: int) -> None:
+        """rows: samples in each row group. digest: the manifest's. batch_size: pictures of the global batch.
+
+        spread: stretches that each place of the batch draws from in turn.
+        """
         self.rows = np.asarray(rows, dtype=np.int64)
+        self.samples = int(self.rows.sum())
+        if self.samples <= 0 or self.rows.min() < 0:
+            raise ValueError(f"a data set needs samples, got {self.samples} in {len(rows)} row groups; ingest pictures")
+        if self.samples > MASK:
+            raise ValueError(f"a data set holds at most {MASK} samples, got {self.samples}; split it")
+        if batch_size < 1 or spread < 1:
+            raise ValueError(f"batch_size is {batch_size} and spread {spread}; expected at least 1 of both")
         self.starts = np.concatenate([[0], np.cumsum(self.rows)])
-        self.samples = int(self.starts[-1])
-        self.window = window
+        self.batch_size, self.spread = batch_size, spread
         self.key = _key(digest, seed)
-        # Bounded by design: an epoch's permutation is small, a window holds some thousand samples.
-        self._groups = functools.lru_cache(maxsize=3)(self._permute_groups)
-        self._samples = functools.lru_cache(maxsize=3)(self._shuffle_window)
+        # Bounded by design: an epoch's permutation of groups, and the rows of as many groups as are open at once.
+        self._groups = functools.lru_cache(maxsize=2)(self._permute_groups)
+        self._rows = functools.lru_cache(maxsize=2 * batch_size * spread)(self._permute_rows)
 
-    def at(self, start: int, count: int) -> np.ndarray:
-        """Canonical indices (int64) of the samples at stream positions start .. start + count - 1."""
-        if start < 0 or count < 0:
-            raise ValueError(f"stream positions are not negative, got start {start} and count {count}")
-        parts = [np.empty(0, dtype=np.int64)]
-        while count:
-            epoch, offset = divmod(start, self.samples)
-            window, skip = self._locate(epoch, offset)
-            part = self._samples(epoch, window)[skip : skip + count]
-            parts.append(part)
-            start, count = start + len(part), count - len(part)
-        return np.concatenate(parts)
-
-    def groups_ahead(self, position: int, count: int) -> list[int]:
-        """Row groups in the order of their need: those of the window at `position`, then `count` more."""
-        epoch, offset = divmod(position, self.samples)
-        window, _ = self._locate(epoch, offset)
-        first = window * self.window
-        wanted = min(self.window, len(self.rows) - first) + count
-        ahead = self._groups(epoch)[0][first : first + wanted].tolist()
-        while len(ahead) < wanted:
-            epoch += 1
-            ahead += self._groups(epoch)[0][: wanted - len(ahead)].tolist()
-        return ahead
+    def at(self, images_seen: int, places: Sequence[int] | range | np.ndarray, batches: int = 1) -> np.ndarray:
+        """Canonical indices of samples, int64 (batches, len(places)): these places of the global batches that follow
+        `images_seen`."""
+        chosen = np.asarray(places, dtype=np.int64)
+        if images_seen < 0 or (len(chosen) and (chosen.min() < 0 or chosen.max() >= self.batch_size)):
+            raise ValueError(
+                f"images_seen is {images_seen} and the places {places}; expected 0 or more, and places of a batch of "
+                f"{self.batch_size}"
+            )
+        begins = images_seen + self.batch_size * np.arange(batches, dtype=np.int64)
+        stream = begins[:, None] + chosen
+        indices = np.empty_like(stream)
+        epochs = stream // self.samples
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            indices[here] = self._in_epoch(epoch, stream[here])
+        return indices
 
     def group_of(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Row group of each sample, and its row in it."""
-        groups = np.searchsorted(self.starts, indices, side="right") - 1
-        return groups, indices - self.starts[groups]
+        return locate(self.starts, indices)
 
-    def _locate(self, epoch: int, offset: int) -> tuple[int, int]:
-        """The window that holds an offset into an epoch, and how far into the window it lies."""
-        _, ends = self._groups(epoch)
-        window = int(np.searchsorted(ends, offset, side="right"))
-        return window, offset - (int(ends[window - 1]) if window else 0)
+    def _in_epoch(self, epoch: int, stream: np.ndarray) -> np.ndarray:
+        """Samples at stream positions n (N,) of one epoch."""
+        first, place = epoch * self.samples, stream % self.batch_size
+        begin = self._places_before(first, place)
+        length = self._places_before(first, place + 1) - begin
+        lap, turn = np.divmod((stream - first) // self.batch_size, self.spread)
+        stretch = self._stretch(epoch, place, lap, turn, length)
+        # The place's part of the epoch, cut into `spread` stretches: the first ones are longer by one.
+        short, longer = np.divmod(length, self.spread)
+        begin += stretch * short + np.minimum(stretch, longer)
+        length = short + (stretch < longer)
+        backward = (place * self.spread + stretch) % 2 == 1
+        return self._samples_at(epoch, begin + np.where(backward, length - 1 - lap, lap))
+
+    def _places_before(self, first: int, place: np.ndarray) -> np.ndarray:
+        """How many positions of the epoch that begins at `first` belong to places before `place` of their batch."""
+
+        def before(end: int) -> np.ndarray:
+            whole, rest = divmod(end, self.batch_size)
+            return whole * place + np.minimum(place, rest)
+
+        return before(first + self.samples) - before(first)
+
+    def _stretch(
+        self, epoch: int, place: np.ndarray, lap: np.ndarray, turn: np.ndarray, length: np.ndarray
+    ) -> np.ndarray:
+        """Which of a place's stretches is visited: in each lap every one once, in an order of its own."""
+        if self.spread == 1:
+            return np.zeros_like(place)
+        stretches = np.arange(self.spread)
+        items = ((lap * self.batch_size + place) * self.spread)[:, None] + stretches
+        keys = _words(self.key, TURNS, epoch, items & MASK)
+        left = length - lap * self.spread
+        keys[stretches >= left[:, None]] = np.iinfo(np.int64).max  # the last lap has fewer stretches to visit
+        return np.take_along_axis(np.argsort(keys, axis=1, kind="stable"), turn[:, None], axis=1)[:, 0]
+
+    def _samples_at(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """Samples at positions of the epoch's permuted row groups, laid one after another."""
+        permuted, ends = self._groups(epoch)
+        ranks, which = np.unique(np.searchsorted(ends, positions, side="right"), return_inverse=True)
+        groups = permuted[ranks]
+        shuffled = np.concatenate([self._rows(epoch, group) for group in groups.tolist()])
+        begins = np.cumsum(self.rows[groups]) - self.rows[groups]  # of each group's rows in `shuffled`
+        inside = positions - (ends[ranks] - self.rows[groups])[which]
+        return self.starts[groups][which] + shuffled[begins[which] + inside]
 
     def _permute_groups(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's order of row groups, and the offset at which each window ends."""
+        """The epoch's order of row groups, and where each ends in it."""
         permuted = np.argsort(_words(self.key, GROUPS, epoch, np.arange(len(self.rows))), kind="stable")
-        ends = np.cumsum(self.rows[permuted])
-        last = np.minimum(np.arange(self.window, len(ends) + self.window, self.window), len(ends)) - 1
-        return permuted, ends[last]
+        return permuted, np.cumsum(self.rows[permuted])
 
-    def _shuffle_window(self, epoch: int, window: int) -> np.ndarray:
-        permuted, _ = self._groups(epoch)
-        groups = permuted[window * self.window : (window + 1) * self.window]
-        indices = np.concatenate([np.arange(self.starts[group], self.starts[group + 1]) for group in groups])
-        return indices[np.argsort(_words(self.key, SAMPLES, epoch, indices), kind="stable")]
+    def _permute_rows(self, epoch: int, group: int) -> np.ndarray:
+        return np.argsort(
+            _words(self.key, SAMPLES, epoch, np.arange(self.starts[group], self.starts[group + 1])), kind="stable"
+        )
 
 
-def batch_indices(
-    rows: Sequence[int], digest: str, seed: int, batch_size: int, images_seen: int, window: int = 16
-) -> np.ndarray:
-    """Canonical indices (int64) of the global batch that follows `images_seen`, by position in it."""
-    return Order(rows, digest, seed, window).at(images_seen, batch_size)
+def locate(starts: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row group of each canonical index, and its row in it. starts: first index of each row group, and the end."""
+    groups = np.searchsorted(starts, indices, side="right") - 1
+    return groups, indices - starts[groups]
 
 
 def _key(digest: str, seed: int) -> tuple[int, int]:

@@ -1,11 +1,13 @@
 """One picture: bytes to checked RGB, cropped, resized, and back to bytes. No files, no config."""
 
+import contextlib
 import io
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 Format = Literal["keep", "png", "jpeg"]
 Filter = Literal["lanczos", "box"]
@@ -21,6 +23,8 @@ READABLE = tuple(
         WebPImagePlugin.WebPImageFile,
     )
 )
+ORIENTATION = 0x0112  # EXIF
+LYING = (5, 6, 7, 8)  # orientations that exchange width and height
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 
 
@@ -46,7 +50,27 @@ def open_rgb(encoded: bytes) -> tuple[Image.Image, bool]:
     except PictureError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly any kind on damaged input
-        raise PictureError(f"cannot be decoded ({type(error).__name__}: {error})") from error
+        raise _undecodable(error) from error
+
+
+def upright_size(encoded: bytes) -> tuple[int, int]:
+    """Width and height that `open_rgb` will give, from the header alone. Raises PictureError."""
+    try:
+        with Image.open(io.BytesIO(encoded), formats=READABLE) as picture:
+            turned = picture.getexif().get(ORIENTATION, 1) in LYING
+            return picture.size[::-1] if turned else picture.size
+    except Exception as error:
+        raise _undecodable(error) from error
+
+
+@contextlib.contextmanager
+def any_size() -> Iterator[None]:
+    """Lifts Pillow's guard against very large pictures, for such as are meant to be. For one thread at a time."""
+    guard, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = guard
 
 
 def fit(picture: Image.Image, size: int, filter_name: Filter, upscale: bool) -> Image.Image:
@@ -109,13 +133,20 @@ def deviation(pixels_HWC: np.ndarray) -> float:
     return math.fsum(math.sqrt(one) / count for one in variance.tolist()) / len(variance)
 
 
+def _undecodable(error: Exception) -> PictureError:
+    """The same words for the same bytes: Pillow's own name an address in memory where it knows no format."""
+    if isinstance(error, UnidentifiedImageError):
+        return PictureError("cannot be decoded (it is no JPEG, PNG or WebP, or its header is damaged)")
+    return PictureError(f"cannot be decoded ({type(error).__name__}: {error})")
+
+
 def _is_plain(picture: Image.Image, encoded: bytes) -> bool:
     """8-bit RGB, one frame, upright, baseline, opaque: no decoder has room for a reading of its own."""
     if picture.mode != "RGB" or picture.format not in ("JPEG", "PNG", "WEBP"):
         return False
     if getattr(picture, "n_frames", 1) > 1 or "transparency" in picture.info:
         return False
-    if picture.getexif().get(0x0112, 1) != 1:  # orientation
+    if picture.getexif().get(ORIENTATION, 1) != 1:
         return False
     if picture.format == "JPEG":
         return not picture.info.get("progressive")

@@ -1,14 +1,16 @@
 """Row groups to encoded pictures: one ranged read each, checked by hash, read ahead by threads.
 
-Pictures are numpy views into Arrow's buffers; no byte of them is copied or touched in Python.
+Where each column lies in a row group stands in the data set's `_metadata`, so a shard is never asked for its
+size or its footer. Pictures are numpy views into Arrow's buffers; no byte of them is copied or touched in Python.
 """
 
+import contextlib
 import hashlib
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +18,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.manifest import DataError, Manifest, RowGroup, Shard
-from pipeline.storage import MissingError, StorageConfig, arrow_filesystem, explained, join
+from pipeline.data.cache import DiskCache
+from pipeline.data.fetch import ClosedError, Fetcher, TruncatedError
+from pipeline.data.manifest import FOOTERS_NAME, REPLACE, DataError, Manifest, check_footers
+from pipeline.storage import MissingError, StorageConfig, StorageError, join
 
-OPEN_FILES = 64
+RESTORE = "restore the file or ingest again"
+
+
+class DamagedGroup(DataError):
+    """A row group that cannot be had as it was ingested: damaged, truncated or missing."""
+
+    def __init__(self, message: str, group: int = -1) -> None:
+        super().__init__(message)
+        self.group = group
+        """Its number in the data set."""
 
 
 @dataclass(frozen=True)
@@ -39,116 +52,188 @@ class Rows:
 
 
 class Reader:
-    """Reads row groups by number, keeping the last `capacity` of them in memory. Threads end with `close`."""
+    """Reads row groups by number, keeping the last `capacity` of them in memory.
 
-    def __init__(self, manifest: Manifest, uri: str, storage: StorageConfig, capacity: int, threads: int) -> None:
-        """uri: of the data set. capacity: row groups kept. threads: reads at once."""
+    One thread uses it; any thread may `close` it, which ends the reads that wait for S3, and the reading threads
+    with them. A read of a local disk that hangs cannot be ended: its thread stays until the disk answers.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        uri: str,
+        storage: StorageConfig,
+        capacity: int,
+        threads: int,
+        cache: DiskCache | None = None,
+    ) -> None:
+        """uri: of the data set. capacity: row groups kept. threads: reads at once. cache: looked into first."""
+        self._manifest, self._uri, self._storage, self._disk = manifest, uri, storage, cache
         self._groups = manifest.row_groups
-        self._shards = {shard.file: shard for shard in manifest.shards}
-        self._uri, self._storage = uri, storage
+        self._sizes = {shard.file: shard.bytes for shard in manifest.shards}
         self._capacity = capacity
-        self._cache: OrderedDict[int, Future[Rows]] = OrderedDict()
-        self._files: OrderedDict[str, tuple[pa.NativeFile, pq.FileMetaData]] = OrderedDict()
-        self._files_lock = threading.Lock()
-        with explained(uri, storage):
-            self._filesystem, self._folder = arrow_filesystem(uri, storage)
+        self._fetcher = Fetcher(uri, storage, connections=threads)
+        self._footers: pq.FileMetaData | None = None
+        self._footers_lock = threading.Lock()
+        self._verified: set[int] = set()
+        self._kept: OrderedDict[int, Future[Rows]] = OrderedDict()
+        self._kept_lock = threading.Lock()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+        self._pool.submit(self._metadata)  # beside the first row groups; if it fails, the next who needs it asks again
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of row groups that came from the store, not from the cache."""
+        return self._fetcher.bytes_read
+
+    @property
+    def requests(self) -> int:
+        """Reads of row groups sent to the store; on S3 each retry counts."""
+        return self._fetcher.requests
 
     def prefetch(self, groups: Iterable[int]) -> None:
-        """Begin to read row groups that will be needed soon. Never drops one that is named here."""
-        for group in groups:
+        """Begin to read row groups that will be needed soon, at most `capacity`. Never drops one that is named here."""
+        for group in list(groups)[: self._capacity]:
             self._request(group)
-        while len(self._cache) > self._capacity:
-            _, dropped = self._cache.popitem(last=False)
-            dropped.cancel()
+        self._trim()
 
     def rows(self, group: int) -> Rows:
-        """A row group, read now unless it was prefetched. Raises DataError, StorageError."""
-        return self._request(group).result()
+        """A row group, read now unless it was prefetched.
+
+        Raises DamagedGroup, StorageError for a store that fails, ClosedError after `close`. What failed is not
+        kept: asked again, it is read again.
+        """
+        rows = self._result(group, self._request(group))
+        self._trim()
+        return rows
 
     def pictures(self, groups: Sequence[int], rows: Sequence[int]) -> list[np.ndarray]:
         """Encoded pictures (uint8 views) by row group and row."""
-        needed = {group: self.rows(group) for group in sorted(set(groups))}
+        futures = {group: self._request(group) for group in sorted(set(groups))}
+        needed = {group: self._result(group, future) for group, future in futures.items()}
+        self._trim()
         return [needed[group][row] for group, row in zip(groups, rows, strict=True)]
 
     def path(self, group: int, row: int) -> str:
-        """Where a sample came from, for messages about it."""
-        place = self._groups[group]
-        file, metadata = self._open(self._shards[place.file])
-        with explained(join(self._uri, place.file), self._storage):
-            table = pq.ParquetFile(file, metadata=metadata).read_row_group(place.index, columns=["image.path"])
-        return table.column("image")[row].as_py()["path"]
+        """Where a sample came from, for messages about it; its row group is read again."""
+        content = self._content(group)
+        with self._parsing(group):
+            column = self._table(group, content, "image.path").column("image")
+            return str(column[row].as_py()["path"])
 
     def describe(self, group: int, row: int) -> str:
-        """Names a sample in full."""
-        place = self._groups[group]
-        file = join(self._uri, place.file)
-        return f"{file}, row group {place.index}, row {row} ({self.path(group, row)!r})"
+        """Names a sample in full, or as fully as the store allows."""
+        source = ""
+        with contextlib.suppress(DataError, StorageError):
+            source = f" ({self.path(group, row)!r})"
+        return f"{self._place(group)}, row {row}{source}"
 
     def close(self) -> None:
-        """Drop what waits to be read; threads end with the reads that are under way."""
+        """Drop what waits to be read, and end what is being read."""
+        self._fetcher.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._cache.clear()
-        self._files.clear()
+        with self._kept_lock:
+            self._kept.clear()
 
     def _request(self, group: int) -> "Future[Rows]":
-        future = self._cache.get(group)
-        if future is None or future.cancelled():
-            future = self._cache[group] = self._pool.submit(self._read, self._groups[group])
-        self._cache.move_to_end(group)
-        return future
+        with self._kept_lock:
+            future = self._kept.get(group)
+            if future is None or future.cancelled():
+                try:
+                    future = self._kept[group] = self._pool.submit(self._read, group)
+                except RuntimeError as error:  # the pool takes nothing more
+                    raise ClosedError(f"{self._place(group)}: the reader is closed") from error
+            self._kept.move_to_end(group)
+            return future
 
-    def _read(self, group: RowGroup) -> Rows:
-        place = f"{join(self._uri, group.file)}, row group {group.index}"
-        file, metadata = self._open(self._shards[group.file])
-        with explained(join(self._uri, group.file), self._storage):
-            data = file.read_at(group.bytes, group.offset)
-        if hashlib.sha256(data).hexdigest() != group.sha256:
-            raise DataError(
-                f"{place}: damaged (its hash differs from the manifest's); restore the file or ingest again"
-            )
+    def _result(self, group: int, future: "Future[Rows]") -> Rows:
         try:
-            part = pa.PythonFile(_Part(data, group.offset, self._shards[group.file].bytes), mode="r")
-            table = pq.ParquetFile(part, metadata=metadata).read_row_group(
-                group.index, columns=["image.bytes"], use_threads=False
-            )
-            return _views(table, group.rows)
+            return future.result()
+        except CancelledError:
+            raise ClosedError(f"{self._place(group)}: the reader was closed during the read") from None
+        except BaseException:
+            with self._kept_lock:
+                if self._kept.get(group) is future:
+                    del self._kept[group]
+            raise
+
+    def _trim(self) -> None:
+        with self._kept_lock:
+            while len(self._kept) > self._capacity:
+                _, dropped = self._kept.popitem(last=False)
+                dropped.cancel()
+
+    def _read(self, group: int) -> Rows:
+        content = self._content(group)
+        with self._parsing(group):
+            return _views(self._table(group, content, "image.bytes"), self._groups[group].rows)
+
+    def _content(self, group: int) -> bytes:
+        """The bytes of a row group, checked: from the cache, or by one read of the store."""
+        place = self._groups[group]
+        data = self._disk.get(place.sha256) if self._disk else None
+        if data is not None:
+            return data
+        data = self._fetch(group)
+        if group not in self._verified or self._disk:
+            # Asked for once more, for what is damaged on its way may be whole in the store.
+            if _sha256(data) != place.sha256 and _sha256(data := self._fetch(group)) != place.sha256:
+                raise self._damaged(group, f"damaged (its hash differs from the manifest's); {RESTORE}")
+            self._verified.add(group)
+        if self._disk:
+            self._disk.put(place.sha256, data)
+        return data
+
+    def _fetch(self, group: int) -> bytes:
+        place = self._groups[group]
+        try:
+            return self._fetcher.read(place.file, place.offset, place.bytes)
+        except MissingError as error:
+            raise self._damaged(group, f"missing, though the manifest lists the file; {RESTORE}") from error
+        except TruncatedError as error:
+            size = "too short" if error.size is None else f"{error.size} bytes"
+            whole = self._sizes[place.file]
+            raise self._damaged(group, f"truncated ({size}, the manifest says {whole}); {RESTORE}") from error
+
+    def _table(self, group: int, content: bytes, column: str) -> pa.Table:
+        place = self._groups[group]
+        part = pa.PythonFile(_Part(content, place.offset, self._sizes[place.file]), mode="r")
+        file = pq.ParquetFile(part, metadata=self._metadata())
+        return file.read_row_group(group, columns=[column], use_threads=False)
+
+    @contextlib.contextmanager
+    def _parsing(self, group: int) -> Iterator[None]:
+        """What fails inside is no table of ours, though its bytes are those that the manifest names."""
+        try:
+            yield
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            raise self._damaged(group, f"cannot be read as Parquet ({error}); {RESTORE}") from error
+
+    def _metadata(self) -> pq.FileMetaData:
+        with self._footers_lock:
+            if self._footers is None:
+                self._footers = check_footers(self._manifest, self._uri, self._fetch_footers())
+            return self._footers
+
+    def _fetch_footers(self) -> bytes:
+        """`_metadata` by one read, its length being known, that `close` ends like any other."""
+        place, length = join(self._uri, FOOTERS_NAME), self._manifest.footers.bytes
+        try:
+            return self._fetcher.read(FOOTERS_NAME, 0, length, counted=False)
+        except MissingError as error:
+            raise DataError(f"{place}: missing, though the manifest names it; restore it or {REPLACE}") from error
+        except TruncatedError as error:
+            size = "too short" if error.size is None else f"{error.size} bytes"
             raise DataError(
-                f"{place}: cannot be read as Parquet ({error}); restore the file or ingest again"
+                f"{place}: truncated ({size}, the manifest says {length}); restore it or {REPLACE}"
             ) from error
 
-    def _open(self, shard: Shard) -> tuple[pa.NativeFile, pq.FileMetaData]:
-        """A shard's file, which threads may share, and its footer."""
-        with self._files_lock:
-            opened = self._files.get(shard.file)
-        if opened is None:  # unlocked: two threads may open a file twice, none waits for another's file
-            opened = self._open_new(shard)
-        with self._files_lock:
-            self._files[shard.file] = opened
-            self._files.move_to_end(shard.file)
-            if len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)  # closed when its last reader lets go
-        return opened
+    def _place(self, group: int) -> str:
+        place = self._groups[group]
+        return f"{join(self._uri, place.file)}, row group {place.index}"
 
-    def _open_new(self, shard: Shard) -> tuple[pa.NativeFile, pq.FileMetaData]:
-        place = join(self._uri, shard.file)
-        try:
-            with explained(place, self._storage):
-                file = self._filesystem.open_input_file(join(self._folder, shard.file))
-                size = file.size()
-        except MissingError as error:
-            raise DataError(f"{place}: missing, though the manifest lists it; restore it or ingest again") from error
-        if size != shard.bytes:
-            kind = "truncated" if size < shard.bytes else "changed"
-            raise DataError(
-                f"{place}: {kind} ({size} bytes, the manifest says {shard.bytes}); restore it or ingest again"
-            )
-        with explained(place, self._storage):
-            try:
-                return file, pq.read_metadata(file)
-            except pa.ArrowInvalid as error:
-                raise DataError(f"{place}: its footer is damaged ({error}); restore it or ingest again") from error
+    def _damaged(self, group: int, what: str) -> DamagedGroup:
+        return DamagedGroup(f"{self._place(group)}: {what}", group)
 
 
 class _Part(io.RawIOBase):
@@ -176,6 +261,10 @@ class _Part(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _views(table: pa.Table, rows: int) -> Rows:

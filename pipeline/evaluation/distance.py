@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.manifest import read_manifest
-from pipeline.data.stream import DataConfig, read_images
+from pipeline.data.stream import DataConfig, augmentation, read_images
 from pipeline.evaluation.features import load_features
 from pipeline.evaluation.frechet import (
     Progress,
@@ -36,6 +36,7 @@ class DistanceMeter:
         self,
         config: EvaluateConfig,
         data: DataConfig,
+        size: int,
         storage: StorageConfig,
         folder: str,
         device: torch.device,
@@ -45,14 +46,19 @@ class DistanceMeter:
     ) -> None:
         """
         Args:
+            size: of the generated pictures, in pixels: with data.crop, of the squares cut from the real ones.
             folder: where the moments of real pictures are kept between runs.
             sum_: sums a tensor over the workers in place, the same on each.
         """
         self.config, self.data, self.storage, self.folder, self.device = config, data, storage, folder, device
+        self.size = size if data.crop else None  # whole pictures are compared whatever their size
         self.rank, self.workers, self.sum_ = rank, workers, sum_
         self.manifest = read_manifest(data.uri, storage)
         self.network = load_features(config, storage, device)
-        self.protocol = make_protocol(config, self.network.weights_sha256, self.manifest.digest, self.manifest.samples)
+        views = augmentation(self.manifest, data, self.size).describe()
+        self.protocol = make_protocol(
+            config, self.network.weights_sha256, self.manifest.digest, self.manifest.samples, views
+        )
         fewest = min(self.protocol.images, self.protocol.real_images)
         if fewest < workers:
             raise ProtocolError(f"{workers} workers cannot share {fewest} pictures; raise evaluate.images")
@@ -64,7 +70,12 @@ class DistanceMeter:
         return measure(self.real(), generated, self.protocol).to_dict()
 
     def generated_part(self, generator: Generator, progress: Progress | None = None) -> Moments:
-        """Moments of this worker's share of the generated pictures."""
+        """Moments of this worker's share of the generated pictures. Raises ProtocolError for another size."""
+        if self.size is not None and generator.size != self.size:
+            raise ProtocolError(
+                f"the generator draws {generator.size} pixels, but data.crop cuts real pictures to {self.size}; set "
+                f"model.size={generator.size}"
+            )
         indices = share(self.protocol.images, self.rank, self.workers)
         return generated_moments(generator, self.network, self.protocol, indices, self.config.batch_size, progress)
 
@@ -101,10 +112,17 @@ class DistanceMeter:
             write_real_moments(self.folder, self.protocol, real, self.storage)
 
     def _real_batches(self) -> Iterator[Tensor]:
+        # Stand-ins for damaged pictures would make another number under the same protocol.
+        whole = self.data.model_copy(update={"on_corrupt": "fail"})
         chosen = real_indices(self.manifest.samples, self.protocol.real_images)
         mine = share(len(chosen), self.rank, self.workers)
         return read_images(
-            self.manifest, self.data, self.storage, chosen[mine.start : mine.stop], self.config.batch_size
+            self.manifest,
+            whole,
+            self.storage,
+            chosen[mine.start : mine.stop],
+            self.config.batch_size,
+            self.size,
         )
 
     def _total(self, part: Moments) -> Moments:

@@ -18,6 +18,7 @@ RESIZE: dict[str, str] = {
     "inception": "bilinear, inside the network",
     "efficientnet-lite0": "bilinear, antialiased",
 }
+WHOLE = "whole"
 
 
 class EvaluateConfig(Section):
@@ -81,6 +82,8 @@ class Protocol:
     seed: int
     quick: bool
     """The input is below the network's native size: good for ranking, not for tables."""
+    views: str = WHOLE
+    """What of a real picture is looked at: all of it, or a square of it, turned or not."""
 
     @property
     def metric(self) -> str:
@@ -88,18 +91,20 @@ class Protocol:
         return METRICS[self.network]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, in a fixed order."""
-        return asdict(self)
+        """Plain values, in a fixed order. `views` is left out of whole pictures: older digests stay what they are."""
+        values = asdict(self)
+        return values if self.views != WHOLE else {name: values[name] for name in values if name != "views"}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Protocol":
         """The inverse of `to_dict`, also for values that became text on the way (tags of a tracker)."""
         parse: dict[str, Callable[[Any], Any]] = {"int": int, "float": float, "str": str, "bool": _truth}
         kinds = {field.name: getattr(field.type, "__name__", str(field.type)) for field in fields(cls)}
-        missing = sorted(set(kinds) - set(values))
+        given = {"views": WHOLE} | dict(values)
+        missing = sorted(set(kinds) - set(given))
         if missing:
             raise ProtocolMismatch(f"the protocol lacks {', '.join(missing)}: it cannot be compared")
-        return cls(**{name: parse[kind](values[name]) for name, kind in kinds.items()})
+        return cls(**{name: parse[kind](given[name]) for name, kind in kinds.items()})
 
     def digest(self) -> str:
         """Hex sha256 of all fields."""
@@ -110,20 +115,21 @@ class Protocol:
         quick = ", quick" if self.quick else ""
         psi = "" if self.truncation == 1.0 else f", psi {self.truncation:g}"
         made = f"{self.images:,} generated{psi} ({self.precision}, seed {self.seed})"
-        real = f"{self.real_images:,} real of data {self.dataset[:12]}"
+        views = "" if self.views == WHOLE else f" ({self.views})"
+        real = f"{self.real_images:,} real of data {self.dataset[:12]}{views}"
         network = f"{self.network} {self.weights_sha256[:8]} at {self.input_size} ({self.resize}){quick}"
         return f"{self.metric}: {made} against {real}; {network}; protocol {self.digest()[:12]}"
 
     def differing(self, other: "Protocol") -> list[str]:
         """Names of the fields in which two protocols differ."""
-        mine, theirs = self.to_dict(), other.to_dict()
+        mine, theirs = asdict(self), asdict(other)
         return [name for name in mine if mine[name] != theirs[name]]
 
     def require_same(self, other: "Protocol") -> None:
         """Raises `ProtocolMismatch`, which names the differing keys, unless the numbers may be compared."""
         keys = self.differing(other)
         if keys:
-            mine, theirs = self.to_dict(), other.to_dict()
+            mine, theirs = asdict(self), asdict(other)
             detail = "; ".join(f"{key}: {mine[key]!r} and {theirs[key]!r}" for key in keys)
             raise ProtocolMismatch(
                 f"distances under different protocols cannot be compared ({detail}); "
@@ -132,9 +138,9 @@ class Protocol:
 
     def real_key(self) -> str:
         """Digest of what the real pictures' statistics depend on; names their cache file."""
-        names = ("network", "weights_sha256", "resize", "input_size", "real_images", "dataset")
+        names = ("network", "weights_sha256", "resize", "input_size", "real_images", "dataset", "views")
         values = self.to_dict()
-        return _digest({name: values[name] for name in names})
+        return _digest({name: values[name] for name in names if name in values})
 
 
 @dataclass(frozen=True)
@@ -164,8 +170,10 @@ class Result:
         return cls(float(values["value"]), Protocol.from_dict(values["protocol"]))
 
 
-def make_protocol(config: EvaluateConfig, weights_sha256: str, dataset: str, samples: int) -> Protocol:
-    """Resolves a config against a data set of `samples` pictures with manifest digest `dataset`.
+def make_protocol(
+    config: EvaluateConfig, weights_sha256: str, dataset: str, samples: int, views: str = WHOLE
+) -> Protocol:
+    """Resolves a config against a data set of `samples` pictures with manifest digest `dataset`, seen in `views`.
 
     Raises ProtocolError where more real pictures are asked for than there are.
     """
@@ -191,6 +199,7 @@ def make_protocol(config: EvaluateConfig, weights_sha256: str, dataset: str, sam
         precision=config.precision,
         seed=config.seed,
         quick=input_size < native,
+        views=views,
     )
 
 

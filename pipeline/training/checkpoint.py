@@ -41,6 +41,9 @@ FREE_KEYS = frozenset(
         "data.uri",  # the digest says whether it is the same data
         "data.read_ahead",
         "data.threads",
+        "data.cache_bytes",
+        "data.cache_dir",
+        "data.on_corrupt",
         "model.max_pixels_in_flight",
         "train.total_kimg",
         "train.accumulation",

@@ -15,12 +15,11 @@ import numpy as np
 import torch
 
 from pipeline.data.manifest import Manifest, read_manifest
-from pipeline.data.stream import DataConfig, DataStream, read_images
+from pipeline.data.stream import DataConfig, DataStream, augmentation, read_images
 from pipeline.models.build import ModelConfig
 from pipeline.models.cips import Generator
 from pipeline.models.sampling import sample_sheet
 from pipeline.pictures import tile
-from pipeline.randomness import flips
 from pipeline.storage import StorageConfig, StorageError
 from pipeline.training.checkpoint import (
     CheckpointError,
@@ -43,7 +42,7 @@ Evaluate = Callable[[Generator, int], dict[str, Any]]
 
 
 class PlanError(ValueError):
-    """The plan does not fit the data, or this process."""
+    """The plan does not fit this process."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -93,36 +92,27 @@ def train(
         evaluate: called where `train.evaluate_kimg` asks for it.
 
     Raises:
-        PlanError: the pictures have another size than the model.
+        DataError: the data set is not finished or damaged, or its pictures do not fit the model's size.
         CheckpointError: the folder holds another training.
         TrainingDiverged: a loss is not finite.
     """
     if plan.train.evaluate_kimg is not None and evaluate is None:
         raise PlanError("train.evaluate_kimg is set, but this process was given nothing to evaluate with")
     manifest = read_manifest(plan.data.uri, plan.storage)
-    check_size(manifest, plan.model)
+    augmentation(manifest, plan.data, plan.model.size)
     state = build_state(plan.model, plan.train, plan.seed, device)
     resumed_from = resume(plan, state, manifest.digest, world)
     return _Loop(plan, world, device, list(observers), evaluate, manifest, state).run(resumed_from)
-
-
-def check_size(manifest: Manifest, model: ModelConfig) -> None:
-    """Refuses a data set whose pictures are not of the model's size."""
-    if (manifest.height, manifest.width) != (model.size, model.size):
-        raise PlanError(
-            f"model.size is {model.size}, but the data set holds pictures of {manifest.width}x{manifest.height}; "
-            f"set model.size={manifest.width} or ingest with ingest.size={model.size}"
-        )
 
 
 def check_plan(plan: Plan) -> None:
     """Refuses, before anything is started or written, what the first step of training would refuse.
 
     Raises:
-        DataError, PlanError, CheckpointError: no finished data set, another size, another training in the folder.
+        DataError, CheckpointError: no finished data set, another size, another training in the folder.
     """
     manifest = read_manifest(plan.data.uri, plan.storage)
-    check_size(manifest, plan.model)
+    augmentation(manifest, plan.data, plan.model.size)  # refuses pictures of another size
     for images_seen in list_checkpoints(plan.folder, plan.storage)[-1:]:
         folder = checkpoint_folder(plan.folder, images_seen)
         check_same_training(read_info(folder, plan.storage), plan.resolved, manifest.digest, folder)
@@ -163,7 +153,7 @@ class _Loop:
         self.results: list[dict[str, Any]] = []
         self.unsaved = False
         self.began = self.tick_time = time.perf_counter()
-        self.tick_images, self.tick_wait = state.images_seen, 0.0
+        self.tick_images, self.tick_wait, self.tick_replaced = state.images_seen, 0.0, 0
 
     def run(self, resumed_from: int | None) -> Outcome:
         plan, state = self.plan, self.state
@@ -197,7 +187,7 @@ class _Loop:
             batch_size=plan.train.batch_size,
             positions=self.updates.share,
             images_seen=self.state.images_seen,
-            flips=(lambda seen, positions: flips(plan.seed, seen, positions)) if plan.data.flip else None,
+            size=plan.model.size,
             device=self.device,
         )
 
@@ -210,7 +200,7 @@ class _Loop:
     def _boundary(self, stream: DataStream) -> None:
         """Looks at the losses, then evaluates, saves and tells, as far as each is due here."""
         train, seen = self.plan.train, self.state.images_seen
-        scalars = self.updates.scalars()
+        scalars = self.updates.scalars() | self._replaced(stream)
         if not all(math.isfinite(value) for value in scalars.values()):
             raise TrainingDiverged(self._divergence(scalars))
         evaluated = train.evaluate_kimg is not None and self._due(train.evaluate_kimg)
@@ -223,6 +213,14 @@ class _Loop:
         if self.unsaved or self._due(train.checkpoint_kimg):
             self._save(results)
         self.tick_time, self.tick_images, self.tick_wait = time.perf_counter(), seen, stream.wait_seconds
+
+    def _replaced(self, stream: DataStream) -> dict[str, float]:
+        """How many pictures since the last tick stood in for damaged ones, over all workers; a collective call."""
+        if self.plan.data.on_corrupt != "skip":
+            return {}
+        replaced = stream.replaced
+        since, self.tick_replaced = replaced - self.tick_replaced, replaced
+        return {"data/replaced": self.world.sum_(torch.tensor([float(since)], device=self.device)).item()}
 
     def _save(self, results: list[dict[str, Any]]) -> None:
         """Rank 0 writes; a store that fails costs a later retry, only at the end it fails the run (promise 8)."""
@@ -292,7 +290,8 @@ class _Loop:
         if self.world.rank == 0:
             count = min(columns * rows, self.manifest.samples)
             chosen = np.linspace(0, self.manifest.samples - 1, count).astype(np.int64)
-            batches = read_images(self.manifest, self.plan.data, self.plan.storage, chosen, count)
+            size = self.plan.model.size
+            batches = read_images(self.manifest, self.plan.data, self.plan.storage, chosen, count, size)
             sheet = tile(np.concatenate([batch.cpu().numpy() for batch in batches]), columns)
             for observer in self.observers:
                 observer.sheet("reals", 0, sheet)

@@ -49,6 +49,8 @@ class Tick:
             parts += [f"img/s {self.images_per_second:6.1f}", f"wait {100 * self.wait_share:4.1f}%"]
         names = {"loss/D": "D", "loss/G": "G", "loss/r1": "r1"}
         parts += [f"{short} {self.scalars[name]:.3f}" for name, short in names.items() if name in self.scalars]
+        if self.scalars.get("data/replaced"):
+            parts.append(f"replaced {self.scalars['data/replaced']:g}")
         parts.append(f"mem {self.memory_gb:.1f} GB")
         parts += [f"{result['metric']} {result['value']:.1f}" for result in self.results]
         return "  ".join(parts)

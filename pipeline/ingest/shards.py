@@ -2,8 +2,9 @@
 
 import contextlib
 import hashlib
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +13,8 @@ from typing import BinaryIO, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.manifest import RowGroup, Shard
+from pipeline.data.manifest import Footers, RowGroup, Shard, parse_footers
+from pipeline.ingest.listing import printable
 from pipeline.storage import StorageConfig, explained, join, staged
 
 HASH_BYTES = 8 << 20
@@ -26,15 +28,15 @@ class Sample:
     encoded: bytes
 
 
-def file_name(index: int) -> str:
-    """Of the index-th shard."""
-    return f"shard-{index:05d}.parquet"
+def file_name(prefix: str, part: int, index: int) -> str:
+    """Of the index-th shard of a part of the ingest."""
+    return f"{prefix}-{part:05d}-{index:02d}.parquet"
 
 
 def shard_schema() -> pa.Schema:
     """The columns, with the metadata by which Hugging Face's `datasets` decodes `image`."""
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    columns = {"image": image, "sample_id": pa.int64(), "width": pa.int32(), "height": pa.int32()}
+    columns = {"image": image, "width": pa.int32(), "height": pa.int32()}
     features: dict[str, dict[str, str]] = {"image": {"_type": "Image"}}
     features |= {name: {"dtype": str(kind), "_type": "Value"} for name, kind in columns.items() if name != "image"}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
@@ -54,7 +56,13 @@ class ShardWriter:
     row_group_bytes: int
     row_group_rows: int
     shard_bytes: int
+    part: int = 0
+    """Number of the part of the ingest that the shards are named after."""
+    prefix: str = "shard"
+    """What their names begin with."""
     shards: list[Shard] = field(default_factory=list)
+    footers: list[bytes] = field(default_factory=list)
+    """Of each shard, as `merge_footers` takes them."""
     samples: int = 0
     _rows: list[Sample] = field(default_factory=list)
     _row_bytes: int = 0
@@ -96,19 +104,19 @@ class ShardWriter:
         self._rows, self._row_bytes = [], 0
 
     def _table(self) -> pa.Table:
-        first = self.samples - len(self._rows)
         count = len(self._rows)
-        images = [{"bytes": row.encoded, "path": row.path} for row in self._rows]
         columns = {
-            "image": images,
-            "sample_id": range(first, first + count),
+            "image": [{"bytes": row.encoded, "path": printable(row.path)} for row in self._rows],
             "width": [self.size] * count,
             "height": [self.size] * count,
         }
         return pa.table(columns, schema=shard_schema())
 
+    def _name(self) -> str:
+        return file_name(self.prefix, self.part, len(self.shards))
+
     def _target(self) -> str:
-        return join(self.uri, file_name(len(self.shards)))
+        return join(self.uri, self._name())
 
     def _open_shard(self) -> pq.ParquetWriter:
         if self._writer is None:
@@ -119,7 +127,7 @@ class ShardWriter:
                     shard_schema(),
                     compression="none",
                     use_dictionary=False,
-                    write_statistics=["sample_id"],
+                    write_statistics=False,
                 )
             )
         return self._writer
@@ -129,14 +137,18 @@ class ShardWriter:
             return
         with explained(self._target(), self.storage):
             self._writer.close()
-            shard = describe(self._path, file_name(len(self.shards)))
+            shard, footer = inspect_shard(self._path, self._name())
         self._stack.close()  # stores the file under its name
         self.shards.append(shard)
+        self.footers.append(footer)
         self._writer, self._path, self._file_bytes = None, None, 0
 
 
-def describe(path: Path, name: str) -> Shard:
-    """Where the row groups of a local Parquet file lie, and their hashes."""
+def inspect_shard(path: Path, name: str) -> tuple[Shard, bytes]:
+    """What lies in a local Parquet file: row groups and hashes, and its footer for `merge_footers`.
+
+    name: of the shard in its data set. Raises pa.ArrowException or OSError where the footer is damaged.
+    """
     metadata = pq.read_metadata(path)
     groups = []
     with path.open("rb") as file:
@@ -149,7 +161,8 @@ def describe(path: Path, name: str) -> Shard:
         whole = hashlib.sha256()
         for block in _blocks(file):
             whole.update(block)
-    return Shard(name, path.stat().st_size, whole.hexdigest(), tuple(groups))
+    metadata.set_file_path(name)
+    return Shard(name, path.stat().st_size, whole.hexdigest(), tuple(groups)), _as_file(metadata)
 
 
 def region(group: pq.RowGroupMetaData) -> tuple[int, int]:
@@ -158,6 +171,21 @@ def region(group: pq.RowGroupMetaData) -> tuple[int, int]:
     start = min(column.data_page_offset for column in columns)
     end = max(column.data_page_offset + column.total_compressed_size for column in columns)
     return start, end - start
+
+
+def merge_footers(footers: Sequence[bytes]) -> tuple[bytes, Footers]:
+    """Parquet's summary file (`_metadata`) of shards, in their order, and what the manifest says of it."""
+    merged = parse_footers(footers[0])
+    for data in footers[1:]:
+        merged.append_row_groups(parse_footers(data))
+    summary = _as_file(merged)
+    return summary, Footers(len(summary), hashlib.sha256(summary).hexdigest())
+
+
+def _as_file(metadata: pq.FileMetaData) -> bytes:
+    buffer = io.BytesIO()
+    metadata.write_metadata_file(buffer)
+    return buffer.getvalue()
 
 
 def _blocks(file: BinaryIO) -> Iterator[bytes]:

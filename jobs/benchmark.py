@@ -1,0 +1,50 @@
+"""Measures parts of the pipeline on this machine.
+
+    python -m jobs.benchmark loader                      # how fast data can be fed, against bare decoding
+    python -m jobs.benchmark loader --data s3://bucket/ffhq256 --threads 4
+    python -m jobs.benchmark loader --peers --plot loader.png --json loader.json    # against other loaders
+    python -m jobs.benchmark order --help                # how well it shuffles, and what a cluster would read
+
+S3 is reached as in every job, by the environment's AWS_ENDPOINT_URL and keys.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from jobs.cli import failing_clearly
+
+KINDS = {
+    "loader": "images per second, CPU seconds per image and time to the first batch; --peers adds other loaders",
+    "order": "quality of the shuffle, and the reads of clusters of any size",
+}
+"""Each is a module pipeline.benchmark.KIND with `add_arguments(parser)` and `run(args)`."""
+
+
+@failing_clearly
+def main(argv: Sequence[str] | None = None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for name, text in KINDS.items():
+        options = kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
+        if name in words[:1]:  # only the kind that is asked for is imported
+            module(name).add_arguments(options)
+    args = parser.parse_args(words)
+    module(args.kind).run(args)
+
+
+def module(kind: str) -> Any:
+    """The code of one kind of benchmark."""
+    return importlib.import_module(f"pipeline.benchmark.{kind}")
+
+
+if __name__ == "__main__":
+    main()
