@@ -260,6 +260,14 @@ def test_nothing_measured_is_an_error() -> None:
         loader.conclude([Run(broken, None, "broken")], settings, options())
 
 
+def test_repeated_pictures_make_more_data_of_the_same_bytes(tmp_path: Path) -> None:
+    loader.make_data(tmp_path, pictures=3, size=64, row_group_rows=4, repeat=3)
+    files = sorted((tmp_path / "pictures").iterdir())
+    assert len(files) == 9 and len({path.read_bytes() for path in files}) == 3
+    for name in ("shards", "hub"):
+        assert read_manifest(str(tmp_path / name), StorageConfig()).samples == 9
+
+
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "mine.jpg").write_bytes(b"precious")

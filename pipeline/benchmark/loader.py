@@ -58,13 +58,21 @@ class BenchmarkError(RuntimeError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this kind of benchmark."""
     parser.add_argument("--data", metavar="URI", help="measure with this data set; otherwise one is made")
-    parser.add_argument("--pictures", type=_positive, default=8000, help="how many are made (default %(default)s)")
+    parser.add_argument("--pictures", type=_positive, default=6000, help="how many are made (default %(default)s)")
+    parser.add_argument(
+        "--repeat",
+        type=_positive,
+        default=4,
+        help="each is stored so often under other names: data that no loader holds in memory is made sooner "
+        "(default %(default)s)",
+    )
     parser.add_argument("--size", type=_positive, default=256, help="their side in pixels (default %(default)s)")
     parser.add_argument(
         "--row-group-rows",
         type=_positive,
-        default=32,
-        help="pictures in a row group of this loader's shards; few, so that not all of them fit into its memory",
+        default=256,
+        help="pictures in a row group of this loader's shards, which holds 72 of them for batches of 32 "
+        "(default %(default)s)",
     )
     parser.add_argument("--batch", type=_positive, default=32, help="pictures in a batch (default %(default)s)")
     parser.add_argument(
@@ -111,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
         if args.peers:
             python, missing = environment.prepare(Path(args.peers_venv).expanduser())
         if args.data is None:
-            make_data(folder, args.pictures, args.size, args.row_group_rows)
+            make_data(folder, args.pictures, args.size, args.row_group_rows, args.repeat)
             if python is not None:
                 missing |= make_peer_data(folder, python, missing)
             shards = str(folder / "shards")
@@ -148,9 +156,9 @@ def _at(
     return found
 
 
-def make_data(folder: Path, pictures: int, size: int, row_group_rows: int) -> None:
+def make_data(folder: Path, pictures: int, size: int, row_group_rows: int, repeat: int = 1) -> None:
     """Pictures as files, and the same bytes as a data set; what is there already is kept."""
-    wanted = {"pictures": pictures, "size": size, "row_group_rows": row_group_rows}
+    wanted = {"pictures": pictures, "size": size, "row_group_rows": row_group_rows, "repeat": repeat}
     stamp = folder / "made.json"
     if stamp.exists() and json.loads(stamp.read_text()) == wanted:
         return
@@ -161,6 +169,9 @@ def make_data(folder: Path, pictures: int, size: int, row_group_rows: int) -> No
     folder.mkdir(parents=True, exist_ok=True)
     stamp.write_text("{}")  # from now on what lies here is ours, also if the rest fails
     mean_bytes = make_pictures(folder / "pictures", pictures, size)
+    for path in sorted((folder / "pictures").iterdir()):
+        for copy in range(1, repeat):
+            os.link(path, path.with_stem(f"{path.stem}-{copy}"))
     for name, rows in (("shards", row_group_rows), ("hub", HUB_ROWS)):
         config = IngestConfig(
             source=str(folder / "pictures"),
