@@ -37,7 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
         if name in words[:1]:  # only the kind that is asked for is imported
             module(name).add_arguments(options)
+        options.add_argument("--dry-run", action="store_true", help="show what was asked for, and measure nothing")
     args = parser.parse_args(words)
+    if args.dry_run:
+        print("\n".join(f"{name}: {value}" for name, value in vars(args).items() if name != "dry_run"))
+        return
     module(args.kind).run(args)
 
 
