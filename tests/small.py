@@ -21,6 +21,18 @@ SMALL_MODEL = ModelConfig(
     discriminator=DiscriminatorConfig(channel_base=128, channel_max=16),
 )
 
+SMALL_SETTINGS = [
+    "model.size=16",
+    "model.width=8",
+    "model.latent=8",
+    "model.mapping_layers=2",
+    "model.discriminator.channel_base=128",
+    "model.discriminator.channel_max=16",
+    "train.batch_size=8",
+    "train.grid=[2,2]",
+]
+"""The same model and batch on a command line."""
+
 
 def small_train(**changes: Any) -> TrainConfig:
     """Eight pictures an update, a tick each four updates."""

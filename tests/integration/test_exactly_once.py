@@ -18,7 +18,7 @@ from pipeline.data.manifest import read_manifest
 from pipeline.data.stream import read_images
 from pipeline.training.step import Updates
 from tests.ray_nodes import ray_nodes
-from tests.small import small_data
+from tests.small import SMALL_SETTINGS, small_data
 
 pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow]
 
@@ -26,18 +26,11 @@ SAMPLES, BATCH = 96, 8
 KILLS = {24: 1, 56: 0, 80: 1}
 """At so many images seen, this rank is killed; once each."""
 SMALL = [
-    "model.size=16",
-    "model.width=8",
-    "model.latent=8",
-    "model.mapping_layers=2",
-    "model.discriminator.channel_base=128",
-    "model.discriminator.channel_max=16",
-    f"train.batch_size={BATCH}",
+    *SMALL_SETTINGS,
     f"train.total_kimg={SAMPLES / 1000}",
     "train.precision=fp32",
     "train.tick_kimg=0.016",
     "train.checkpoint_kimg=0.016",
-    "train.grid=[2,2]",
     "data.decoder=pillow",
     "data.flip=false",
     "cluster.workers=2",

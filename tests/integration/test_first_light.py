@@ -26,23 +26,16 @@ from pipeline.training.observers import read_log
 from tests.mlflow_server import mlflow_server
 from tests.ray_nodes import ray_nodes
 from tests.servers import S3Server
-from tests.small import small_pictures
+from tests.small import SMALL_SETTINGS, small_pictures
 
 pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow]
 
 SMALL = [
-    "model.size=16",
-    "model.width=8",
-    "model.latent=8",
-    "model.mapping_layers=2",
-    "model.discriminator.channel_base=128",
-    "model.discriminator.channel_max=16",
-    "train.batch_size=8",
+    *SMALL_SETTINGS,
     "train.precision=fp32",
     "train.r1_gamma=1",
     "train.tick_kimg=0.08",
     "train.checkpoint_kimg=0.4",
-    "train.grid=[2,2]",
     "evaluate.images=64",
     "evaluate.input_size=32",
     "cluster.workers=2",

@@ -9,7 +9,7 @@ from jobs import tune
 from pipeline.config import load_config
 from tests.mlflow_server import sqlite_uri
 from tests.ray_nodes import ray_nodes
-from tests.small import small_data
+from tests.small import SMALL_SETTINGS, small_data
 
 pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow]
 
@@ -24,15 +24,8 @@ def test_a_grid_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
             f"run.dir={tmp_path}/runs",
             f"data.uri={data.uri}",
             "data.decoder=pillow",
-            "model.size=16",
-            "model.width=8",
-            "model.latent=8",
-            "model.mapping_layers=2",
-            "model.discriminator.channel_base=128",
-            "model.discriminator.channel_max=16",
+            *SMALL_SETTINGS,
             "train.total_kimg=0.032",
-            "train.batch_size=8",
-            "train.grid=[2,2]",
             "evaluate.images=32",
             "evaluate.input_size=32",
             "cluster.health_check_interval_s=0.5",
