@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline.benchmark import contenders, environment, loader, report
 from pipeline.benchmark.contenders import PEERS, Contender, Run, Work
-from pipeline.benchmark.own import bare_dali, bare_pillow, read_encoded
+from pipeline.benchmark.own import bare_dali, bare_pillow, bare_turbo, read_encoded
 from pipeline.benchmark.peers import _measure, _pictures, web_dataset
 from pipeline.benchmark.pictures import make_picture, make_pictures
 from pipeline.benchmark.s3 import local_s3, upload
@@ -103,9 +103,10 @@ def test_the_torch_peer_runs_without_this_package(made: Path, workers: int) -> N
     assert set(run.outcome.versions) == {"torch", "pillow"}
 
 
-def test_this_loader_runs_with_dali(made: Path) -> None:
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    run = contenders.measure_once(contenders.own(str(made / "shards"), "local", "dali", 1, SMALL, None))
+@pytest.mark.parametrize("decoder, package", [("dali", "nvidia.dali"), ("turbo", "simplejpeg")])
+def test_this_loader_runs_with_other_decoders(made: Path, decoder: str, package: str) -> None:
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    run = contenders.measure_once(contenders.own(str(made / "shards"), "local", decoder, 1, SMALL, None))
     assert run.reason == ""
     assert run.outcome is not None and run.outcome.stretch.images >= 8
 
@@ -129,6 +130,14 @@ def test_bare_decoding_by_dali_is_close_to_pillows(made: Path) -> None:
     by_dali, by_pillow = next(bare_dali(encoded, 4, 1)), next(bare_pillow(encoded, 4))
     assert by_dali.shape == by_pillow.shape
     assert (by_dali.int() - by_pillow.int()).abs().float().mean() < 2  # decoders round chroma differently
+
+
+def test_bare_decoding_by_turbo_gives_pillows_pixels(made: Path) -> None:
+    pytest.importorskip("simplejpeg", reason="simplejpeg is not installed")
+    shards = str(made / "shards")
+    encoded = read_encoded(read_manifest(shards, StorageConfig()), shards, StorageConfig())
+    by_turbo, by_pillow = next(bare_turbo(encoded, 4, 64)), next(bare_pillow(encoded, 4))
+    assert (by_turbo.int() - by_pillow.int()).abs().max() <= 2
 
 
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")

@@ -1,3 +1,4 @@
+import io
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -6,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.decode import DaliDecoder, DecodeError, Decoder, PillowDecoder, make_decoder
+from pipeline.data.decode import DaliDecoder, DecodeError, Decoder, PillowDecoder, TurboDecoder, make_decoder
 from pipeline.data.views import Augmentation, Views
 from pipeline.packages import MissingPackageError
-from tests.pictures import encoded, pixels
+from tests.pictures import encoded, land, pixels
 
 CPU = torch.device("cpu")
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -35,7 +36,12 @@ def pillow(size: int, batch_size: int, crop: int | None = None) -> Decoder:
     return PillowDecoder(kind_of(size, crop), CPU)
 
 
-both = pytest.mark.parametrize("make", [dali, pillow])
+def turbo(size: int, batch_size: int, crop: int | None = None) -> Decoder:
+    pytest.importorskip("simplejpeg", reason="simplejpeg is not installed")
+    return TurboDecoder(kind_of(size, crop), 2, CPU)
+
+
+both = pytest.mark.parametrize("make", [dali, turbo, pillow])
 Make = Callable[..., Decoder]
 PLAIN = Views()
 
@@ -55,6 +61,26 @@ def test_dali_and_pillow_agree(name: str) -> None:
     views = flipped(*[False, True] * 4)
     difference = dali(48, 8).decode(pictures, views).int() - pillow(48, 8).decode(pictures, views).int()
     assert difference.abs().float().mean() <= (0 if "png" in name or "lossless" in name else 2)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("crop", [None, 32])
+def test_turbo_gives_pillows_pixels(name: str, crop: int | None) -> None:
+    pictures = batch(9, 48, name)
+    corners = np.arange(18, dtype=np.int32).reshape(9, 2) % 17 if crop else None
+    views = Views(corners, np.arange(9) % 4, np.arange(9) % 2 > 0)
+    difference = turbo(48, 9, crop).decode(pictures, views).int() - pillow(48, 9, crop).decode(pictures, views).int()
+    assert difference.abs().max() <= (2 if "jpeg" in name else 0)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+@both
+def test_jpegs_of_other_colours_become_rgb(make: Make, mode: str) -> None:
+    buffer = io.BytesIO()
+    land(3, 32).convert(mode).save(buffer, "JPEG", quality=95)
+    picture = np.frombuffer(buffer.getvalue(), dtype=np.uint8)
+    decoded = make(32, 2).decode([picture, *batch(1, 32)], PLAIN).numpy().astype(int)
+    assert np.abs(decoded[0] - pixels(picture)).mean() <= 3
 
 
 @both
@@ -129,10 +155,11 @@ def test_batches_that_are_kept_are_not_written_over() -> None:
     assert np.array_equal(torch.cat(kept).numpy(), np.stack([pixels(picture) for picture in pictures]))
 
 
-def test_absent_dali_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    with pytest.raises(MissingPackageError, match=r"cips-pipeline\[dali\].*data.decoder=pillow"):
-        make_decoder("dali", kind_of(8), 1, 1, CPU)
+@pytest.mark.parametrize("name, package", [("dali", "nvidia.dali"), ("turbo", "simplejpeg")])
+def test_an_absent_decoder_says_what_to_do(monkeypatch: pytest.MonkeyPatch, name: Any, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingPackageError, match=rf"cips-pipeline\[{name}\].*data.decoder=pillow"):
+        make_decoder(name, kind_of(8), 1, 1, CPU)
     assert isinstance(make_decoder("pillow", kind_of(8), 1, 1, CPU), PillowDecoder)
 
 

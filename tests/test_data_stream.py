@@ -135,12 +135,13 @@ def test_pictures_that_do_not_fit_are_refused(uri: str, manifest: Manifest, crop
         take(manifest, settings(uri, crop=crop), 1, size=size)
 
 
-def test_both_decoders_give_the_same_stream(uri: str, manifest: Manifest) -> None:
-    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+@pytest.mark.parametrize("decoder, package", [("dali", "nvidia.dali"), ("turbo", "simplejpeg")])
+def test_all_decoders_give_the_same_stream(uri: str, manifest: Manifest, decoder: str, package: str) -> None:
+    pytest.importorskip(package, reason=f"{package} is not installed")
     moves = {"flip": True, "crop": True, "rotate": True}
     pillow = take(manifest, settings(uri, **moves), 4, size=12).int()
-    dali = take(manifest, settings(uri, decoder="dali", **moves), 4, size=12).int()
-    assert (pillow - dali).abs().float().mean(dim=(2, 3, 4)).max() <= 2
+    other = take(manifest, settings(uri, decoder=decoder, **moves), 4, size=12).int()
+    assert (pillow - other).abs().float().mean(dim=(2, 3, 4)).max() <= 2
 
 
 def test_memory_settings_do_not_change_the_pictures(uri: str, manifest: Manifest) -> None:

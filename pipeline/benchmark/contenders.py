@@ -22,8 +22,8 @@ PEERS = {
 }
 """Scripts in `peers`, and what they are called in tables."""
 FOLDERS = {"torch_files": "pictures", "hugging_face": "hub", "web_dataset": "tars", "mosaic": "mds"}
-OWN = {"dali": "this loader, DALI", "pillow": "this loader, Pillow"}
-BARE = {"dali": "bare decoding, DALI", "pillow": "bare decoding, Pillow"}
+OWN = {"dali": "this loader, DALI", "turbo": "this loader, turbo", "pillow": "this loader, Pillow"}
+BARE = {"dali": "bare decoding, DALI", "turbo": "bare decoding, turbo", "pillow": "bare decoding, Pillow"}
 RUN_DEADLINE_S = 300.0
 
 

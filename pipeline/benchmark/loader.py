@@ -40,7 +40,7 @@ from pipeline.data.manifest import read_manifest
 from pipeline.ingest.ingest import IngestConfig, ingest
 from pipeline.storage import StorageConfig, is_remote, join
 
-DECODERS = ("dali", "pillow")
+DECODERS = ("dali", "turbo", "pillow")
 FORMATS = ("pictures", "shards", "hub", "tars", "mds")
 """Folders of the same pictures: as files, for this loader, for Hugging Face's, WebDataset's and MosaicML's."""
 HUB_ROWS = 100
@@ -84,7 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=_positive, default=1, help="measure at least so many (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=3.0, help="and at least so long (default %(default)s)")
     parser.add_argument("--rounds", type=_positive, default=3, help="repetitions of everything (default %(default)s)")
-    parser.add_argument("--decoders", type=_decoders, default=list(DECODERS), help="dali, pillow or both (default)")
+    parser.add_argument(
+        "--decoders", type=_decoders, default=list(DECODERS), help="of dali, turbo and pillow; default all"
+    )
     parser.add_argument(
         "--s3",
         metavar="s3://BUCKET/PREFIX",
@@ -328,5 +330,5 @@ def _numbers(text: str, least: int) -> list[int]:
 def _decoders(text: str) -> list[str]:
     names = text.split(",")
     if unknown := [name for name in names if name not in DECODERS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: expected {' or '.join(DECODERS)}, or both with a comma")
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: expected {', '.join(DECODERS)}, several with commas")
     return names

@@ -24,6 +24,7 @@ from pipeline.storage import StorageConfig, arrow_filesystem, join
 
 TOGETHER = 128
 """Pictures of 256x256 that DALI decodes at the least cost each; fewer, and a run's own cost shows."""
+PACKAGES = {"dali": "nvidia-dali-cuda130", "turbo": "simplejpeg", "pillow": "pillow"}
 IN_MEMORY = 2048
 """Pictures that bare decoding goes round."""
 
@@ -32,7 +33,7 @@ def run(arguments: dict[str, Any]) -> Outcome:
     """Measures it as the arguments say."""
     torch.set_num_threads(1)
     decoder = arguments["decoder"]
-    packages = ["torch", "pillow" if decoder == "pillow" else "nvidia-dali-cuda130"]
+    packages = ["torch", PACKAGES[decoder]]
     if arguments["what"] == "stream":
         with contextlib.ExitStack() as stack:
             return steady(lambda: _stream(arguments, stack), arguments, [*packages, "pyarrow"])
@@ -41,6 +42,8 @@ def run(arguments: dict[str, Any]) -> Outcome:
     batch = arguments["batch"]
     if decoder == "pillow":
         return steady(lambda: bare_pillow(encoded, batch), arguments, packages)
+    if decoder == "turbo":
+        return steady(lambda: bare_turbo(encoded, batch, arguments["size"]), arguments, packages)
     return steady(lambda: bare_dali(encoded, batch, arguments["parallel"]), arguments, packages)
 
 
@@ -73,6 +76,19 @@ def bare_pillow(encoded: list[np.ndarray], batch_size: int) -> Iterator[Tensor]:
 
     def decode(part: list[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.stack([np.asarray(Image.open(io.BytesIO(one.data))) for one in part]))
+
+    return endless(lambda _: map(decode, _parts(encoded, batch_size)))
+
+
+def bare_turbo(encoded: list[np.ndarray], batch_size: int, size: int) -> Iterator[Tensor]:
+    """Batches, uint8 (B, H, W, 3), decoded by libjpeg-turbo."""
+    decode_jpeg = importlib.import_module("simplejpeg").decode_jpeg
+
+    def decode(part: list[np.ndarray]) -> Tensor:
+        batch_BHWC = np.empty((len(part), size, size, 3), dtype=np.uint8)
+        for one, target_HWC in zip(part, batch_BHWC, strict=True):
+            decode_jpeg(one, "RGB", buffer=target_HWC)
+        return torch.from_numpy(batch_BHWC)
 
     return endless(lambda _: map(decode, _parts(encoded, batch_size)))
 

@@ -93,7 +93,11 @@ class Reader:
 
     def prefetch(self, groups: Iterable[int]) -> None:
         """Begin to read row groups that will be needed soon, at most `capacity`. Never drops one that is named here."""
-        for group in list(groups)[: self._capacity]:
+        wanted = list(groups)[: self._capacity]
+        with self._kept_lock:
+            if all(group in self._kept for group in wanted):
+                return
+        for group in wanted:
             self._request(group)
         self._trim()
 

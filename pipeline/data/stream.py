@@ -18,7 +18,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from pipeline.data.cache import DiskCache
-from pipeline.data.decode import DecoderName, make_decoder
+from pipeline.data.decode import DECODED_TOGETHER, DecoderName, make_decoder
 from pipeline.data.manifest import DataError, Manifest
 from pipeline.data.order import Order
 from pipeline.data.reader import Reader
@@ -27,10 +27,8 @@ from pipeline.data.views import Augmentation, Views, fixed_views, training_views
 from pipeline.schema import Section
 from pipeline.storage import StorageConfig, is_remote
 
-DECODED_TOGETHER = 24 << 20
-"""Bytes of pixels at most that are decoded in one go, if that is more than a batch: DALI's cost of a run is shared."""
 MOST_TOGETHER = 256
-"""Pictures of several batches at most in one go; beyond, DALI gains nothing more."""
+"""Pictures of several batches at most in one go; beyond, no decoder gains more."""
 PLANNED_TOGETHER = 16
 """Batches whose samples are computed at once: numpy's overhead is paid once for all."""
 PLANNED_AHEAD = 256
@@ -44,7 +42,8 @@ class DataConfig(Section):
     uri: str = ""
     """Folder of shards that jobs.ingest wrote: a local path or s3://."""
     decoder: DecoderName = "dali"
-    """"dali" decodes on the GPU where there is one; "pillow", the reference, needs no extra package."""
+    """"dali" decodes on the GPU where there is one; "turbo" (libjpeg-turbo) is the fastest on a CPU; "pillow", the
+    reference, needs no extra package."""
     flip: bool = True
     """Mirror every other picture at random. Not for pictures with writing or a handedness of their own."""
     crop: bool = False
@@ -138,7 +137,7 @@ class DataStream:
         # A stretch is visited at least every other lap; after that its row group is done with until the next epoch.
         self._pause = 2 * data.shuffle_row_groups * batch_size
         batch_bytes = 3 * len(positions) * (self._kind.size**2 if self._kind.crop else manifest.height * manifest.width)
-        self._together = max(1, min(DECODED_TOGETHER // batch_bytes, MOST_TOGETHER // len(positions)))
+        self._together = max(1, min(DECODED_TOGETHER[data.decoder] // batch_bytes, MOST_TOGETHER // len(positions)))
         most = len(positions) * self._together
         self._samples = _samples(manifest, data, storage, self._kind, self._capacity, most, self._device)
         self.wait_seconds = 0.0
