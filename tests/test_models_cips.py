@@ -257,3 +257,22 @@ def test_cuda_draws_the_same_pictures(pictures: dict[str, Tensor], mode: str) ->
     assert rgb.is_cuda
     assert relative(rgb.cpu(), pictures[mode]) < 1e-3  # TensorFloat-32 may be on
     assert relative(part, rgb[:, 100:400]) < 1e-5
+
+
+@pytest.mark.parametrize("recompute", ["none", "segment"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_recomputing_changes_memory_and_no_bit_of_the_gradients(recompute: Any, bf16: bool) -> None:
+    generator = make()
+
+    def gradients(mode: Any) -> dict[str, Tensor]:
+        generator.recompute = mode
+        generator.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            rgb_BP3 = generator(Z, GRID, KEYS)
+        rgb_BP3.square().sum().backward()
+        return {name: p.grad.clone() for name, p in generator.named_parameters() if p.grad is not None}
+
+    usual = gradients("layer")
+    assert len(usual) == len(list(generator.parameters()))
+    for name, gradient in gradients(recompute).items():
+        assert torch.equal(gradient, usual[name]), name

@@ -1,3 +1,6 @@
+import functools
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -20,12 +23,14 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize(("shared", "demodulate"), CASES)
+@pytest.mark.parametrize("slope", [1.0, 0.2])
 def test_fast_form_equals_equation_2_forward_and_backward(
-    dtype: torch.dtype, tolerance: float, shared: bool, demodulate: bool
+    dtype: torch.dtype, tolerance: float, shared: bool, demodulate: bool, slope: float
 ) -> None:
     arguments = inputs(dtype, shared)
-    fast = modulated_linear(*arguments, demodulate=demodulate, gain=1.3)
-    reference = modulated_linear_reference(*arguments, demodulate=demodulate, gain=1.3)
+    rules: dict[str, Any] = {"demodulate": demodulate, "gain": 1.3, "slope": slope}
+    fast = modulated_linear(*arguments, **rules, keep_weights=slope == 1.0)
+    reference = modulated_linear_reference(*arguments, **rules)
     assert fast.shape == (B, P, O)
     assert relative(fast, reference) < tolerance
     weight = torch.randn_like(fast)
@@ -47,11 +52,12 @@ def test_bias_and_noise_are_optional(shared: bool) -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_twice_differentiable(shared: bool) -> None:
+@pytest.mark.parametrize("slope", [1.0, 0.2])
+def test_twice_differentiable(shared: bool, slope: float) -> None:
     arguments = [argument.detach()[..., :4] for argument in inputs(torch.float64, shared, points=5)]
     arguments[1], arguments[4] = arguments[1][:4], inputs(torch.float64, shared, points=5)[4].detach()
     arguments = [argument.clone().requires_grad_(True) for argument in arguments]
-    assert torch.autograd.gradgradcheck(modulated_linear, tuple(arguments))
+    assert torch.autograd.gradgradcheck(functools.partial(modulated_linear, slope=slope), tuple(arguments))
 
 
 def test_demodulation_gives_unit_variance() -> None:
@@ -86,3 +92,30 @@ def test_autocast_gradients_are_float32_and_near(shared: bool) -> None:
     for a, b in zip(gradients, exact, strict=True):
         assert a.dtype == torch.float32
         assert relative(a, b) < 0.03
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_only_what_needs_a_gradient_gets_one(shared: bool) -> None:
+    arguments = inputs(torch.float64, shared)
+    whole = torch.autograd.grad(modulated_linear(*arguments, slope=0.2).sum(), arguments)
+    for chosen in range(len(arguments)):
+        one = [argument.detach().requires_grad_(number == chosen) for number, argument in enumerate(arguments)]
+        (gradient,) = torch.autograd.grad(modulated_linear(*one, slope=0.2).sum(), one[chosen])
+        assert relative(gradient, whole[chosen]) < 1e-12
+
+
+@pytest.mark.parametrize("keep_weights", [False, True])
+def test_one_tensor_of_the_pixels_size_is_kept(keep_weights: bool) -> None:
+    """The result, which the next layer keeps as its input anyway; and the modulated weights only on demand."""
+    arguments = inputs(torch.float32, shared=False, points=4096)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = modulated_linear(*arguments, slope=0.2, keep_weights=keep_weights)
+    large = {tensor.data_ptr() for tensor in kept if tensor.numel() >= y.numel()}
+    assert large == {y.data_ptr(), arguments[0].data_ptr()}
+    assert ((B, I, O) in {tuple(tensor.shape) for tensor in kept}) == keep_weights

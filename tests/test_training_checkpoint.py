@@ -12,6 +12,7 @@ from pipeline.training.checkpoint import (
     CheckpointError,
     check_same_training,
     checkpoint_folder,
+    find_best,
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
@@ -93,6 +94,25 @@ def test_pruning_keeps_the_last_and_the_best(tmp_path: Path) -> None:
     prune_checkpoints(str(tmp_path), keep=2, best=8, storage=STORAGE)
     assert list_checkpoints(str(tmp_path), STORAGE) == [8, 24, 32]
     assert not Path(checkpoint_folder(str(tmp_path), 16)).exists()
+
+
+def test_the_best_is_found_under_the_last_protocol(tmp_path: Path) -> None:
+    run, old, new = str(tmp_path), {"images": 10}, {"images": 20}
+    assert find_best(run, STORAGE) is None
+    measured: dict[int, list[tuple[dict[str, int], float]]] = {
+        8: [(old, 1.0)],
+        16: [(new, 5.0)],
+        24: [(old, 0.5), (new, 4.0)],
+        32: [(new, 6.0)],
+        40: [],
+    }
+    for images_seen, values in measured.items():
+        results = [{"metric": "fid", "value": value, "protocol": protocol} for protocol, value in values]
+        state = a_state(images_seen=images_seen)
+        save_checkpoint(run, state, config=CONFIG, dataset_digest="abc", results=results, storage=STORAGE)
+    assert find_best(run, STORAGE) == 24
+    (Path(checkpoint_folder(run, 24)) / "checkpoint.json").write_text("{")  # damaged: it has no say
+    assert find_best(run, STORAGE) == 16
 
 
 def test_another_training_is_refused_with_the_keys_named(tmp_path: Path) -> None:

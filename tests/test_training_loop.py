@@ -51,33 +51,39 @@ class StopsAt(Observer):
 
 
 class Watcher(Observer):
-    """Remembers what it was told."""
+    """Remembers what it was told, and in which order."""
 
     def __init__(self) -> None:
         self.ticks: list[Tick] = []
         self.sheets: list[tuple[str, int]] = []
+        self.events: list[tuple[str, int]] = []
         self.checkpoints: list[int] = []
         self.closed = False
 
     def tick(self, tick: Tick) -> None:
         self.ticks.append(tick)
+        self.events.append(("tick", tick.images_seen))
 
     def sheet(self, name: str, images_seen: int, image_HWC: np.ndarray) -> None:
         self.sheets.append((name, images_seen))
 
     def checkpoint(self, folder: str, images_seen: int, results: list[dict[str, Any]]) -> None:
         self.checkpoints.append(images_seen)
+        self.events.append(("checkpoint", images_seen))
 
     def close(self) -> None:
         self.closed = True
+        self.events.append(("closed", 0))
 
 
 def run(plan: Plan, *observers: Observer, **options: Any) -> Outcome:
     return train(plan, World(), CPU, observers, **options)
 
 
-def files_of(outcome: Outcome) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Path(outcome.checkpoint).glob("*.safetensors")}
+def files_of(outcome: Outcome, images_seen: int | None = None) -> dict[str, bytes]:
+    last = Path(outcome.checkpoint)
+    folder = last if images_seen is None else last.with_name(f"{images_seen:010d}")
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
 @pytest.mark.parametrize("patch", [{}, {"patch": {"size": 8, "strides": [1, 2]}}], ids=["whole", "patches"])

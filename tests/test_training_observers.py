@@ -1,6 +1,7 @@
 """What a watcher sees: one line a tick, and a folder that a restart does not confuse."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,15 @@ STORAGE = StorageConfig()
 
 def a_tick(images_seen: int, loss: float = 1.0) -> Tick:
     result = {"metric": "fd_test", "value": 12.5, "protocol": {"images": 2}}
-    return Tick(images_seen, 8000, 75.0, 200.0, 0.014, 1.5, {"loss/D": loss, "loss/G": 0.5, "loss/r1": 0.1}, [result])
+    losses = {"loss/D": loss, "loss/G": 0.5, "loss/r1": 0.1}
+    return Tick(images_seen, 8000, 75.0, 200.0, 0.014, 1.5, losses, [result], 0.25)
 
 
 def test_the_line_says_all(capsys: pytest.CaptureFixture[str]) -> None:
     Printer().tick(a_tick(4000))
     line = capsys.readouterr().out
     parts = "kimg     4.0/8|time 1m15s|left 0m20s|sec/kimg   5.00|img/s  200.0|wait  1.4%|D 1.000|G 0.500|r1 0.100"
-    for part in [*parts.split("|"), "mem 1.5 GB", "fd_test 12.5"]:
+    for part in [*parts.split("|"), "checkpoint 0.25 s", "mem 1.5 GB", "fd_test 12.5"]:
         assert part in line
 
 
@@ -30,6 +32,7 @@ def test_metrics_carry_the_names_that_trackers_show() -> None:
     assert metrics["progress/kimg"] == 4.0
     assert metrics["timing/sec_per_kimg"] == 5.0
     assert metrics["timing/data_wait_share"] == 0.014
+    assert metrics["timing/checkpoint_seconds"] == 0.25
     assert metrics["fd_test"] == 12.5
 
 
@@ -64,3 +67,10 @@ def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path, capsys: p
     blocked.folder = str(tmp_path / "file" / "run")
     blocked.tick(a_tick(0))
     assert "training goes on" in capsys.readouterr().out
+
+
+def test_a_log_from_before_pauses_were_told_is_still_shown() -> None:
+    line = asdict(a_tick(4000))
+    del line["checkpoint_seconds"]
+    assert Tick(**line).metrics()["timing/checkpoint_seconds"] == 0
+    assert "checkpoint" not in Tick(**line).line()

@@ -1,6 +1,8 @@
 """One update of D and G: the same whatever the parts and workers, on patches as on whole pictures."""
 
+import math
 import socket
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 from torch.nn.functional import softplus
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.coordinates import full_grid
 from pipeline.randomness import Purpose, latents, noise_keys
 from pipeline.training.state import TrainState, build_state
-from pipeline.training.step import SCALARS, Updates, resolve_precision
+from pipeline.training.step import SCALARS, Updates
 from pipeline.training.world import World
 from tests.small import SMALL_MODEL, small_train
 
@@ -194,13 +197,60 @@ def test_real_and_generated_patches_share_their_coordinates() -> None:
     assert torch.equal(whole._coordinates(0), full_grid(16))
 
 
-def test_precision_is_a_dtype() -> None:
-    assert resolve_precision("fp32", CPU) == torch.float32
-    assert resolve_precision("bf16", CPU) == torch.bfloat16
-    assert resolve_precision("auto", CPU) in (torch.float32, torch.bfloat16)
-
-
 def test_bf16_trains_close_to_fp32() -> None:
     fp32, bf16 = (trained(World(), 3, torch.float32, precision=precision)[1] for precision in ("fp32", "bf16"))
     for name in ("loss/D", "loss/G"):
         assert bf16[name] == pytest.approx(fp32[name], rel=0.05)
+
+
+class Blind(TorchDispatchMode):
+    """Refuses what would wait for a CUDA device: reading a value, and shapes that depend on values."""
+
+    REFUSED = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
+    ALLOWED = {"words", "check_pixels", "stride"}  # they look at tensors of the CPU only, where nothing waits
+
+    def refuse(self, name: str) -> None:
+        if not any(frame.f_code.co_name in self.ALLOWED for frame, _ in traceback.walk_stack(None)):
+            raise AssertionError(f"{name} waits for the device")
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masked = function is torch.ops.aten.index.Tensor and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if function in self.REFUSED or masked:
+            self.refuse(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("train", [{}, PATCHES], ids=["whole", "patches"])
+def test_an_update_looks_at_no_value(train: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = small_train(batch_size=16, **train)
+    run = Updates(settings, SMALL_MODEL, 3, build_state(SMALL_MODEL, settings, 3, CPU), World(), CPU)
+    batches = [pictures(16, seed=number) for number in range(2)]
+    tolist = Tensor.tolist
+    with Blind() as blind:
+        monkeypatch.setattr(Tensor, "tolist", lambda tensor: (blind.refuse("tolist"), tolist(tensor))[1])
+        for batch in batches:  # with R1 and without
+            run(batch)
+        with pytest.raises(AssertionError, match="waits for the device"):
+            run.scalars()  # once a tick
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, there is none")
+@pytest.mark.parametrize("train", [{}, PATCHES], ids=["whole", "patches"])
+def test_an_update_never_waits_for_the_device(train: dict[str, Any]) -> None:
+    device = torch.device("cuda", 0)
+    settings = small_train(batch_size=16, precision="bf16", **train)
+    run = Updates(settings, SMALL_MODEL, 3, build_state(SMALL_MODEL, settings, 3, device), World(), device)
+    batches = [pictures(16, seed=number).to(device) for number in range(6)]
+    for batch in batches[:2]:  # libraries are loaded, Adam makes its moments
+        run(batch)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches[2:]:
+            run(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(math.isfinite(value) for value in run.scalars().values())

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -38,6 +39,8 @@ class Work:
     seconds: float
     """And at least for so long."""
     warmup: int
+    longest: float = math.inf
+    """Seconds after which a slow one is stopped: its rate is known by then."""
 
 
 @dataclass(frozen=True)

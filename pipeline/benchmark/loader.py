@@ -83,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--epochs", type=_positive, default=1, help="measure at least so many (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=3.0, help="and at least so long (default %(default)s)")
+    parser.add_argument("--longest", type=float, default=12.0, help="but not longer (default %(default)s)")
     parser.add_argument("--rounds", type=_positive, default=3, help="repetitions of everything (default %(default)s)")
     parser.add_argument(
         "--decoders", type=_decoders, default=list(DECODERS), help="of dali, turbo and pillow; default all"
@@ -129,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
             shards = args.data
         manifest = read_manifest(shards, StorageConfig())
         epoch = args.epochs * manifest.samples
-        work = Work(manifest.height, args.batch, epoch, args.seconds, min(epoch, 20 * args.batch))
+        work = Work(manifest.height, args.batch, epoch, args.seconds, min(epoch, 20 * args.batch), args.longest)
         places = list(_places(args, folder, stack))
         contenders = [bare(shards, decoder, work) for decoder in args.decoders]
         for place in places:

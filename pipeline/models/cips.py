@@ -9,11 +9,13 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.models.encoding import Encoding, coordinate_noise
 from pipeline.models.layers import Mapping, ModulatedLinear, ToRGB
 
 NoiseMode = Literal["random", "fixed", "off"]
+Recompute = Literal["none", "layer", "segment"]
 
 SMALLEST_CHUNK = 64  # pixels; with fewer rows matrix libraries switch kernels and the last bits change
 
@@ -29,6 +31,8 @@ class Generator(nn.Module):
     """
 
     mean_w: Tensor
+    recompute: Recompute = "layer"
+    """What the backward pass computes again: nothing; each layer's modulated weights; or whole groups of layers."""
 
     def __init__(
         self,
@@ -103,10 +107,15 @@ class Generator(nn.Module):
         noise: Sequence[Tensor | None] = [None] * self.layers
         if keys is not None:
             noise = coordinate_noise(coordinates, keys, self.size, self.layers).unbind(0)
-        x_BPC = self.first(self.encoding(coordinates), w_BZ, noise[0])
+        keep = self.recompute == "none"
+        x_BPC = self.first(self.encoding(coordinates), w_BZ, noise[0], keep_weights=keep)
         rgb_BP3 = None
         for index, group in enumerate(self.groups):
-            x_BPC, colour_BP3 = group(x_BPC, w_BZ, noise[2 * index + 1], noise[2 * index + 2])
+            inputs = (x_BPC, w_BZ, noise[2 * index + 1], noise[2 * index + 2], keep)
+            if self.recompute == "segment" and torch.is_grad_enabled():
+                x_BPC, colour_BP3 = checkpoint(group, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BPC, colour_BP3 = group(*inputs)
             rgb_BP3 = colour_BP3 if rgb_BP3 is None else rgb_BP3 + colour_BP3
         assert rgb_BP3 is not None
         return rgb_BP3
@@ -152,8 +161,8 @@ class Group(nn.Module):
         self.to_rgb = ToRGB(out_features, latent)
 
     def forward(
-        self, x_BPC: Tensor, w_BZ: Tensor, noise_0: Tensor | None, noise_1: Tensor | None
+        self, x_BPC: Tensor, w_BZ: Tensor, noise_0: Tensor | None, noise_1: Tensor | None, keep_weights: bool = False
     ) -> tuple[Tensor, Tensor]:
-        x_BPC = self.linear_0(x_BPC, w_BZ, noise_0)
-        x_BPC = self.linear_1(x_BPC, w_BZ, noise_1)
+        x_BPC = self.linear_0(x_BPC, w_BZ, noise_0, keep_weights=keep_weights)
+        x_BPC = self.linear_1(x_BPC, w_BZ, noise_1, keep_weights=keep_weights)
         return x_BPC, self.to_rgb(x_BPC, w_BZ)

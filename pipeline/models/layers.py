@@ -105,12 +105,24 @@ class ModulatedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features))
         self.scale = 1.0 / math.sqrt(in_features)
 
-    def forward(self, x: Tensor, w_BZ: Tensor, noise_BP: Tensor | None = None) -> Tensor:
-        """(B, P, O) of x (B, P, I), or (P, I) for all pictures. noise_BP: standard normal (B or 1, P)."""
+    def forward(self, x: Tensor, w_BZ: Tensor, noise_BP: Tensor | None = None, *, keep_weights: bool = False) -> Tensor:
+        """(B, P, O) of x (B, P, I), or (P, I) for all pictures. noise_BP: standard normal (B or 1, P).
+
+        keep_weights: see `modulated_linear`.
+        """
         if noise_BP is not None:
             noise_BP = noise_BP.to(self.noise_strength.dtype) * (self.noise_strength * GAIN)
         style_BI = _style(self.affine, w_BZ) * self.scale
-        return lrelu_(modulated_linear(x, self.weight, style_BI, self.bias * GAIN, noise_BP, gain=GAIN))
+        return modulated_linear(
+            x,
+            self.weight,
+            style_BI,
+            self.bias * GAIN,
+            noise_BP,
+            gain=GAIN,
+            slope=SLOPE,
+            keep_weights=keep_weights,
+        )
 
 
 class ToRGB(nn.Module):

@@ -1,11 +1,21 @@
 """The modulated fully connected layer of CIPS, for pixels times channels: a reference form and a fast one.
 
+Of two algebraic forms the one with weights modulated for each picture is the fast one: they are small beside the
+pixels, which one product reads and writes once. Scaling the pixels by the style before one product shared by all
+pictures, and by the demodulation after it, passes over all of them twice more, and again backward.
+
 Shapes: B pictures, P pixels, I channels in, O channels out.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pipeline.ops.fused_linear import product, product_backward
+
+EPSILON = 1e-8
 
 
 def modulated_linear_reference(
@@ -17,7 +27,8 @@ def modulated_linear_reference(
     *,
     demodulate: bool = True,
     gain: float = 1.0,
-    eps: float = 1e-8,
+    slope: float = 1.0,
+    eps: float = EPSILON,
 ) -> Tensor:
     """Equation 2 of the paper, literally: per-picture weights, applied as one grouped 1x1 convolution.
 
@@ -34,7 +45,9 @@ def modulated_linear_reference(
     y_BPO = y_BOP.transpose(1, 2) * gain
     if bias_O is not None:
         y_BPO = y_BPO + bias_O
-    return y_BPO if noise_BP is None else y_BPO + noise_BP[:, :, None]
+    if noise_BP is not None:
+        y_BPO = y_BPO + noise_BP[:, :, None]
+    return F.leaky_relu(y_BPO, slope)
 
 
 def modulated_linear(
@@ -46,13 +59,16 @@ def modulated_linear(
     *,
     demodulate: bool = True,
     gain: float = 1.0,
-    eps: float = 1e-8,
+    slope: float = 1.0,
+    eps: float = EPSILON,
+    keep_weights: bool = False,
 ) -> Tensor:
-    """y = gain * x @ w' + bias + noise, with w'_io = s_i w_io / sqrt(sum_i (s_i w_io)^2 + eps).
+    """leaky_relu(gain * x @ w' + bias + noise), with w'_io = s_i w_io / sqrt(sum_i (s_i w_io)^2 + eps).
 
     Equation 2 of the paper; `demodulate=False` leaves the root out.
     x: (B, P, I), or (P, I) if all pictures share it. noise_BP: (B or 1, P), one number for all channels.
-    gain: folded into the weights, so it costs no pass over the pixels.
+    gain: folded into the weights, so it costs no pass over the pixels. slope: of LeakyReLU below zero; 1 for none.
+    keep_weights: for the gradients, keep the modulated weights (B, I, O) instead of making them again.
     Returns (B, P, O) in the autocast dtype where autocast is on, else in the dtype of x. The weights are made
     in float32 (float64 for float64) and rounded once. Differentiable any number of times.
     """
@@ -60,35 +76,101 @@ def modulated_linear(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with torch.autocast(device, enabled=False):
         exact = torch.promote_types(weight_IO.dtype, torch.float32)
-        weight_IO, style_BI = weight_IO.to(exact), style_BI.to(exact)
-        scale_BO = None
-        if demodulate:
-            scale_BO = gain * torch.rsqrt(style_BI.square() @ weight_IO.square() + eps)
-        elif gain != 1.0:
-            style_BI = style_BI * gain
-        # Cast before adding: the sum is as large as the result.
-        addend = None if bias_O is None else bias_O.to(dtype)
-        if noise_BP is not None:
-            noise_BP1 = noise_BP.to(dtype)[:, :, None]
-            addend = noise_BP1 if addend is None else noise_BP1 + addend
-        if x.ndim == 2:
-            return _shared(x.to(dtype), weight_IO, style_BI, scale_BO, addend)
-        weight_BIO = weight_IO * style_BI[:, :, None]
-        if scale_BO is not None:
-            weight_BIO = weight_BIO * scale_BO[:, None, :]
-        if addend is None:
-            return torch.bmm(x.to(dtype), weight_BIO.to(dtype))
-        return torch.baddbmm(addend, x.to(dtype), weight_BIO.to(dtype))
+        rule = _Rule(demodulate, gain, slope, eps, keep_weights)
+        inputs = (x.to(dtype), weight_IO.to(exact), style_BI.to(exact), bias_O, noise_BP)
+        return _ModulatedLinear.apply(*inputs, rule)
 
 
-def _shared(
-    x_PI: Tensor, weight_IO: Tensor, style_BI: Tensor, scale_BO: Tensor | None, addend: Tensor | None
-) -> Tensor:
-    """All pictures in one product (P, I) @ (I, B * O): the input is read once and never copied B times."""
-    batch, out = style_BI.shape[0], weight_IO.shape[1]
-    weight_IBO = weight_IO[:, None, :] * style_BI.t()[:, :, None]
-    if scale_BO is not None:
-        weight_IBO = weight_IBO * scale_BO
-    y_PBO = (x_PI @ weight_IBO.flatten(1).to(x_PI.dtype)).unflatten(1, (batch, out))
-    y_BPO = y_PBO.transpose(0, 1).contiguous()  # strided rows would slow down the next product
-    return y_BPO if addend is None else y_BPO.add_(addend)
+class _Rule:
+    """What of a layer is no tensor."""
+
+    def __init__(self, demodulate: bool, gain: float, slope: float, eps: float, keep_weights: bool) -> None:
+        self.demodulate, self.gain, self.slope, self.eps = demodulate, gain, slope, eps
+        self.keep_weights = keep_weights
+
+    def demodulation(self, weight_IO: Tensor, style_BI: Tensor) -> Tensor:
+        """Factor of each output channel, gain included: (B, O), or (B, 1) without demodulation."""
+        if not self.demodulate:
+            return torch.full_like(style_BI[:, :1], self.gain)
+        return self.gain * torch.rsqrt(style_BI.square() @ weight_IO.square() + self.eps)
+
+
+class _ModulatedLinear(torch.autograd.Function):
+    """Keeps one tensor of the pixels' size for each layer: its result, which the next layer takes as its input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight_IO: Tensor,
+        style_BI: Tensor,
+        bias_O: Tensor | None,
+        noise_BP: Tensor | None,
+        rule: _Rule,
+    ) -> Tensor:
+        weight_BIO = _modulated(weight_IO, style_BI, rule.demodulation(weight_IO, style_BI), x.dtype)
+        y_BPO = product(x, weight_BIO, bias_O, noise_BP, rule.slope)
+        ctx.rule = rule
+        kept_BIO = weight_BIO if rule.keep_weights else None
+        ctx.save_for_backward(x, weight_IO, style_BI, bias_O, noise_BP, y_BPO, kept_BIO)
+        return y_BPO
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient_BPO,) = gradients
+        x, weight_IO, style_BI, bias_O, noise_BP, y_BPO, weight_BIO = ctx.saved_tensors
+        rule, needs = ctx.rule, ctx.needs_input_grad[:5]
+        if torch.is_grad_enabled():  # a derivative of this derivative is wanted
+            return *_plain_backward(gradient_BPO, (x, weight_IO, style_BI, bias_O, noise_BP), needs, rule), None
+        scale_BO = rule.demodulation(weight_IO, style_BI)
+        if weight_BIO is None:
+            weight_BIO = _modulated(weight_IO, style_BI, scale_BO, x.dtype)
+        wanted = (needs[0], needs[1] or needs[2], needs[3], needs[4])
+        found = product_backward(gradient_BPO, x, y_BPO, weight_BIO, rule.slope, wanted)
+        grad_weight, grad_style = None, None
+        if found.weight_BIO is not None:
+            grad_weight, grad_style = _modulation_backward(found.weight_BIO, weight_IO, style_BI, scale_BO, rule)
+        grad_bias = None if found.bias_O is None else found.bias_O.to(bias_O.dtype)
+        grad_noise = None
+        if found.noise_BP is not None:
+            grad_noise = found.noise_BP.sum_to_size(noise_BP.shape).to(noise_BP.dtype)
+        return found.x, grad_weight, grad_style, grad_bias, grad_noise, None
+
+
+def _modulated(weight_IO: Tensor, style_BI: Tensor, scale_BO: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weights of each picture (B, I, O), rounded once."""
+    return (weight_IO * style_BI[:, :, None]).mul_(scale_BO[:, None, :]).to(dtype)
+
+
+def _modulation_backward(
+    gradient_BIO: Tensor, weight_IO: Tensor, style_BI: Tensor, scale_BO: Tensor, rule: _Rule
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and style from that of the modulated weights w'_bio = w_io s_bi d_bo."""
+    product_BIO = gradient_BIO * weight_IO
+    grad_style = product_BIO @ scale_BO[:, :, None].expand(-1, product_BIO.shape[2], 1)
+    grad_scale_BO = (style_BI[:, None, :] @ product_BIO).squeeze(1)
+    grad_weight = (gradient_BIO * style_BI[:, :, None]).mul_(scale_BO[:, None, :]).sum(dim=0)
+    grad_style = grad_style.squeeze(2)
+    if rule.demodulate:
+        # d = gain / sqrt(sum_i (s_i w_io)^2 + eps), so dd / ds_i = -d^3 / gain^2 s_i w_io^2, and alike for w.
+        root_BO = -grad_scale_BO * scale_BO.pow(3) / rule.gain**2
+        grad_weight += weight_IO * (style_BI.square().t() @ root_BO)
+        grad_style = grad_style + style_BI * (root_BO @ weight_IO.square().t())
+    return grad_weight, grad_style
+
+
+def _plain_backward(
+    gradient_BPO: Tensor, inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...], rule: _Rule
+) -> list[Tensor | None]:
+    """The gradients by torch's own rules, which can be differentiated again."""
+    x, weight_IO, style_BI, bias_O, noise_BP = inputs
+    assert x is not None and weight_IO is not None and style_BI is not None
+    weight_BIO = weight_IO * style_BI[:, :, None] * rule.demodulation(weight_IO, style_BI)[:, None, :]
+    y_BPO = x @ weight_BIO.to(x.dtype)
+    if bias_O is not None:
+        y_BPO = y_BPO + bias_O.to(x.dtype)
+    if noise_BP is not None:
+        y_BPO = y_BPO + noise_BP.to(x.dtype)[:, :, None]
+    wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None]
+    found = iter(torch.autograd.grad(F.leaky_relu(y_BPO, rule.slope), wanted, gradient_BPO, create_graph=True))
+    return [next(found) if need else None for need in needs]

@@ -5,10 +5,12 @@
                              checkpoint.json         last: sizes, hashes, config, data set, distances
 """
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
@@ -30,7 +32,8 @@ from pipeline.storage import (
     write_bytes,
 )
 from pipeline.training.settings import TrainConfig
-from pipeline.training.state import TrainState
+from pipeline.training.snapshot import Snapshot
+from pipeline.training.state import TrainState, select
 
 GENERATOR, TRAINING, INDEX = "generator.safetensors", "training.safetensors", "checkpoint.json"
 AVERAGE = "average."  # the prefix of the averaged generator in TrainState.tensors()
@@ -84,6 +87,34 @@ def checkpoint_folder(run_folder: str, images_seen: int) -> str:
     return join(checkpoints_folder(run_folder), f"{images_seen:010d}")
 
 
+def files_of(state: TrainState) -> dict[str, dict[str, Tensor]]:
+    """The state's tensors by the file that holds them, without copies."""
+    tensors = state.tensors()
+    rest = {name: value for name, value in tensors.items() if not name.startswith(AVERAGE)}
+    return {GENERATOR: select(tensors, AVERAGE), TRAINING: rest}
+
+
+def write_checkpoint(
+    run_folder: str,
+    images_seen: int,
+    contents: Mapping[str, bytes | memoryview],
+    *,
+    config: dict[str, Any],
+    dataset_digest: str,
+    results: list[dict[str, Any]],
+    storage: StorageConfig,
+) -> CheckpointInfo:
+    """Writes the files of a state (`Snapshot.take`) under its count of images; `checkpoint.json` is the commit."""
+    folder = checkpoint_folder(run_folder, images_seen)
+    files = {}
+    for name, content in contents.items():
+        write_bytes(join(folder, name), cast(bytes, content), storage)  # whatever holds bytes will do
+        files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    info = CheckpointInfo(images_seen, config, dataset_digest, results, files)
+    write_bytes(join(folder, INDEX), json.dumps(asdict(info), indent=1).encode(), storage)
+    return info
+
+
 def save_checkpoint(
     run_folder: str,
     state: TrainState,
@@ -93,19 +124,16 @@ def save_checkpoint(
     results: list[dict[str, Any]],
     storage: StorageConfig,
 ) -> CheckpointInfo:
-    """Writes the state under its count of images; `checkpoint.json` is the commit."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.tensors().items()}
-    average = {name[len(AVERAGE) :]: value for name, value in tensors.items() if name.startswith(AVERAGE)}
-    rest = {name: value for name, value in tensors.items() if not name.startswith(AVERAGE)}
-    folder = checkpoint_folder(run_folder, state.images_seen)
-    files = {}
-    for name, content in ((GENERATOR, average), (TRAINING, rest)):
-        data = safetensors.torch.save(content)
-        write_bytes(join(folder, name), data, storage)
-        files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    info = CheckpointInfo(state.images_seen, config, dataset_digest, results, files)
-    write_bytes(join(folder, INDEX), json.dumps(asdict(info), indent=1).encode(), storage)
-    return info
+    """Writes the state and returns when it stands; training has `CheckpointWriter`, which does not stop it."""
+    return write_checkpoint(
+        run_folder,
+        state.images_seen,
+        Snapshot().take(files_of(state)),
+        config=config,
+        dataset_digest=dataset_digest,
+        results=results,
+        storage=storage,
+    )
 
 
 def list_checkpoints(run_folder: str, storage: StorageConfig) -> list[int]:
@@ -150,6 +178,20 @@ def load_checkpoint(folder: str, state: TrainState, info: CheckpointInfo, storag
     average = read_tensors(folder, GENERATOR, info, storage)
     rest = read_tensors(folder, TRAINING, info, storage)
     state.load(rest | {AVERAGE + name: value for name, value in average.items()}, info.images_seen)
+
+
+def find_best(run_folder: str, storage: StorageConfig) -> int | None:
+    """Images seen of the checkpoint with the lowest distance, under the protocol of the last one that was measured.
+
+    None where no checkpoint was measured.
+    """
+    measured = []
+    for images_seen in list_checkpoints(run_folder, storage):
+        with contextlib.suppress(CheckpointError):  # an old one that is damaged has no say
+            info = read_info(checkpoint_folder(run_folder, images_seen), storage)
+            measured += [(result["protocol"], result["value"], images_seen) for result in info.results]
+    scored = [(value, images_seen) for protocol, value, images_seen in measured if protocol == measured[-1][0]]
+    return min(scored)[1] if scored else None
 
 
 def prune_checkpoints(run_folder: str, keep: int, best: int | None, storage: StorageConfig) -> None:

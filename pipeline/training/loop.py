@@ -22,15 +22,13 @@ from pipeline.models.sampling import sample_sheet
 from pipeline.pictures import tile
 from pipeline.storage import StorageConfig, StorageError
 from pipeline.training.checkpoint import (
-    CheckpointError,
     check_same_training,
     checkpoint_folder,
     list_checkpoints,
     load_checkpoint,
-    prune_checkpoints,
     read_info,
-    save_checkpoint,
 )
+from pipeline.training.checkpoint_writer import CheckpointWriter
 from pipeline.training.observers import Observer, RunFolder, Tick
 from pipeline.training.settings import TrainConfig
 from pipeline.training.state import TrainState, build_state
@@ -150,10 +148,15 @@ class _Loop:
         self.observers = observers if world.rank == 0 else []
         if world.rank == 0:
             self.observers.append(RunFolder(plan.folder, plan.storage, state.images_seen))
+        # Only rank 0 writes.
+        self.writer = CheckpointWriter(
+            plan.folder, plan.resolved, manifest.digest, plan.train.keep_checkpoints, plan.storage
+        )
         self.results: list[dict[str, Any]] = []
         self.unsaved = False
         self.began = self.tick_time = time.perf_counter()
         self.tick_images, self.tick_wait, self.tick_replaced = state.images_seen, 0.0, 0
+        self.tick_pause = 0.0
 
     def run(self, resumed_from: int | None) -> Outcome:
         plan, state = self.plan, self.state
@@ -161,6 +164,7 @@ class _Loop:
         with contextlib.ExitStack() as stack:
             for observer in self.observers:
                 stack.callback(observer.close)
+            stack.callback(self._leave)
             stream = stack.enter_context(self._stream())
             if resumed_from is None:
                 self._show_reals()
@@ -169,6 +173,7 @@ class _Loop:
                 self.updates(next(stream))
                 if self._due(plan.train.tick_kimg, plan.train.checkpoint_kimg, plan.train.evaluate_kimg):
                     self._boundary(stream)
+            self._finish()
         return Outcome(
             state.images_seen,
             checkpoint_folder(plan.folder, state.images_seen),
@@ -198,7 +203,7 @@ class _Loop:
         return seen >= train.total_images or any(seen % period == 0 for period in periods)
 
     def _boundary(self, stream: DataStream) -> None:
-        """Looks at the losses, then evaluates, saves and tells, as far as each is due here."""
+        """Looks at the losses, then evaluates, tells and saves, as far as each is due here."""
         train, seen = self.plan.train, self.state.images_seen
         scalars = self.updates.scalars() | self._replaced(stream)
         if not all(math.isfinite(value) for value in scalars.values()):
@@ -207,12 +212,14 @@ class _Loop:
         if evaluated and self.evaluate is not None:
             self.results = [self.evaluate(self.state.average, seen)]
         results = self.results if evaluated else []
-        # Told first: once a checkpoint stands, nothing before it will be told again.
         if self.world.rank == 0:
+            self._look_after_checkpoint(wait=False)
+            # Told before it is saved: once a checkpoint stands, nothing before it will be told again.
             self._tell(stream, scalars, results)
-        if self.unsaved or self._due(train.checkpoint_kimg):
-            self._save(results)
         self.tick_time, self.tick_images, self.tick_wait = time.perf_counter(), seen, stream.wait_seconds
+        self.tick_pause = 0.0
+        if self.world.rank == 0 and (self.unsaved or self._due(train.checkpoint_kimg)):
+            self._save(results)
 
     def _replaced(self, stream: DataStream) -> dict[str, float]:
         """How many pictures since the last tick stood in for damaged ones, over all workers; a collective call."""
@@ -223,47 +230,45 @@ class _Loop:
         return {"data/replaced": self.world.sum_(torch.tensor([float(since)], device=self.device)).item()}
 
     def _save(self, results: list[dict[str, Any]]) -> None:
-        """Rank 0 writes; a store that fails costs a later retry, only at the end it fails the run (promise 8)."""
+        """Has a copy of the state written; training goes on as soon as it is made and the one before is through."""
+        began = time.perf_counter()
+        self._look_after_checkpoint(wait=True)
         self.unsaved = False
-        if self.world.rank == 0:
-            try:
-                self._write_checkpoint(results)
-            except StorageError as cause:
-                if self.state.images_seen >= self.plan.train.total_images:
-                    raise
-                print(f"no checkpoint at {self.state.images_seen} images, tried again next tick: {cause}", flush=True)
-                self.unsaved = True
-        self.unsaved = bool(self.world.agree(int(self.unsaved)))
+        self.writer.begin(self.state, results)
+        self.tick_pause = time.perf_counter() - began
 
-    def _write_checkpoint(self, results: list[dict[str, Any]]) -> None:
-        plan, seen = self.plan, self.state.images_seen
-        save_checkpoint(
-            plan.folder,
-            self.state,
-            config=plan.resolved,
-            dataset_digest=self.manifest.digest,
-            results=results,
-            storage=plan.storage,
-        )
-        folder = checkpoint_folder(plan.folder, seen)
-        for observer in self.observers:
-            observer.checkpoint(folder, seen, results)
-        prune_checkpoints(plan.folder, plan.train.keep_checkpoints, self._best(), plan.storage)
+    def _look_after_checkpoint(self, *, wait: bool) -> None:
+        """Tells of a checkpoint that stands by now. One that failed is tried again at the next tick (promise 8)."""
+        cause = self._take_back(wait=wait)
+        if cause is not None:
+            if not isinstance(cause, StorageError):
+                raise cause
+            self.unsaved = True
 
-    def _best(self) -> int | None:
-        """Images seen of the checkpoint with the lowest distance so far, under the protocol of the last one."""
-        if self.plan.train.evaluate_kimg is None:
+    def _take_back(self, *, wait: bool) -> BaseException | None:
+        """Takes back the checkpoint that was being written and tells of it if it stands; returns what failed."""
+        attempt = self.writer.take_back(wait=wait)
+        if attempt is None:
             return None
-        scored = []
-        for images_seen in list_checkpoints(self.plan.folder, self.plan.storage):
-            with contextlib.suppress(CheckpointError):  # an old one that is damaged has no say
-                info = read_info(checkpoint_folder(self.plan.folder, images_seen), self.plan.storage)
-                scored += [
-                    (result["value"], images_seen)
-                    for result in info.results
-                    if self.results and result["protocol"] == self.results[-1]["protocol"]
-                ]
-        return min(scored)[1] if scored else None
+        if attempt.error is not None:
+            print(f"no checkpoint at {attempt.images_seen} images: {attempt.error}", flush=True)
+            return attempt.error
+        for observer in self.observers:
+            observer.checkpoint(attempt.folder, attempt.images_seen, attempt.results)
+        return None
+
+    def _finish(self) -> None:
+        """Returns when the last checkpoint stands. Where it cannot be written the run fails, on every worker."""
+        cause = self._take_back(wait=True)
+        stands = self.world.agree(int(cause is None))
+        if cause is not None:
+            raise cause
+        if not stands:
+            raise StorageError("rank 0 could not write the last checkpoint; its own error says why")
+
+    def _leave(self) -> None:
+        """However training ended: what is being written is written, and told if it stands."""
+        self._take_back(wait=True)
 
     def _tell(self, stream: DataStream, scalars: dict[str, float], results: list[dict[str, Any]]) -> None:
         plan, seen = self.plan, self.state.images_seen
@@ -280,6 +285,7 @@ class _Loop:
             memory_gb=peak_memory_gb(self.device),
             scalars=scalars,
             results=results,
+            checkpoint_seconds=self.tick_pause,
         )
         for observer in self.observers:
             observer.tick(tick)
@@ -303,6 +309,7 @@ class _Loop:
 
     def _divergence(self, scalars: dict[str, float]) -> str:
         bad = ", ".join(f"{name}={value}" for name, value in scalars.items() if not math.isfinite(value))
+        self._take_back(wait=True)
         saved = list_checkpoints(self.plan.folder, self.plan.storage)
         good = (
             f"the last good checkpoint is {checkpoint_folder(self.plan.folder, saved[-1])}"

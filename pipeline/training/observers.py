@@ -19,7 +19,7 @@ class Tick:
     seconds: float
     """Since this process began to train."""
     images_per_second: float
-    """Since the last tick, sample sheets and evaluations included."""
+    """Since the last tick, sample sheets, evaluations and pauses for checkpoints included."""
     wait_share: float
     """Share of that time spent waiting for data."""
     memory_gb: float
@@ -28,19 +28,22 @@ class Tick:
     """Means over the images since the last tick; empty where nothing was trained."""
     results: list[dict[str, Any]]
     """Distances measured here, each with its protocol."""
+    checkpoint_seconds: float = 0.0
+    """Since the last tick, that training stood still for a checkpoint: to copy the state, and for the one before."""
 
     def metrics(self) -> dict[str, float]:
         """All numbers under the names that trackers show."""
         found = dict(self.scalars)
         found["progress/kimg"] = self.images_seen / 1000
         found["timing/data_wait_share"] = self.wait_share
+        found["timing/checkpoint_seconds"] = self.checkpoint_seconds
         if self.images_per_second > 0:
             found["timing/sec_per_kimg"] = 1000 / self.images_per_second
         found |= {result["metric"]: result["value"] for result in self.results}
         return found
 
     def line(self) -> str:
-        """The status line: kimg, time, sec/kimg, wait share, losses, memory, distances."""
+        """The status line: kimg, time, sec/kimg, wait share, losses, pause for a checkpoint, memory, distances."""
         kimg, total = self.images_seen / 1000, self.total_images / 1000
         parts = [f"kimg {kimg:7.1f}/{total:g}", f"time {duration(self.seconds)}"]
         if self.images_per_second > 0:
@@ -51,6 +54,8 @@ class Tick:
         parts += [f"{short} {self.scalars[name]:.3f}" for name, short in names.items() if name in self.scalars]
         if self.scalars.get("data/replaced"):
             parts.append(f"replaced {self.scalars['data/replaced']:g}")
+        if self.checkpoint_seconds:
+            parts.append(f"checkpoint {self.checkpoint_seconds:.2f} s")
         parts.append(f"mem {self.memory_gb:.1f} GB")
         parts += [f"{result['metric']} {result['value']:.1f}" for result in self.results]
         return "  ".join(parts)
@@ -72,7 +77,7 @@ class Observer:
         """A sheet of pictures: `reals` once, `samples` at each tick."""
 
     def checkpoint(self, folder: str, images_seen: int, results: list[dict[str, Any]]) -> None:
-        """A checkpoint was written."""
+        """A checkpoint stands: written while training went on, and told at the next tick or at the end."""
 
     def close(self) -> None:
         """The training ended, well or not."""

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from pipeline.models.cips import Recompute
 from pipeline.schema import Section
 
 
@@ -36,6 +37,9 @@ class TrainConfig(Section):
     """Each worker computes its share in this many parts; divides memory, never changes the result's meaning."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Matrix products under autocast; auto takes bf16 where the processor multiplies it natively. R1 is fp32."""
+    recompute: Recompute = "layer"
+    """What G's backward pass computes again, for memory: "none", each "layer"'s modulated weights, or each "segment"
+    (a group of two layers), which keeps every other activation only and costs one more forward pass."""
     learning_rate: PositiveFloat = 0.002
     """Adam's rate of G and of D before the lazy rescaling (paper: 2e-3)."""
     betas: tuple[float, float] = (0.0, 0.99)

@@ -96,6 +96,7 @@ def build_state(model: ModelConfig, train: TrainConfig, seed: int, device: torch
         discriminator = build_discriminator(model.discriminator, train.patch.size or model.size)
     average = copy.deepcopy(generator).eval().requires_grad_(False).to(device)
     generator = generator.to(device)
+    generator.recompute = train.recompute
     discriminator = discriminator.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return TrainState(
         generator,

@@ -2,22 +2,23 @@
 
 Every draw is keyed by (seed, purpose, images seen, position in the global batch), and gradients are sums over
 pictures divided by the global batch, so neither workers nor accumulation change the training (promises 3, 4).
+On CUDA nothing here waits for the device; `scalars`, once a tick, does.
 """
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.coordinates import full_grid, patch_grid, sample_pixels
 from pipeline.models.build import ModelConfig
 from pipeline.models.discriminator import images_from_pixels
 from pipeline.pictures import to_float
 from pipeline.randomness import Purpose, corners, latents, noise_keys, stride
+from pipeline.training import phases as phase
+from pipeline.training.distribute import distribute, synchronise
 from pipeline.training.losses import discriminator_loss, generator_loss, r1_penalty
+from pipeline.training.precision import agreed_precision, precision_sentence
 from pipeline.training.settings import TrainConfig
 from pipeline.training.state import TrainState, average_decay
 from pipeline.training.world import World, parts_of, share_of
@@ -28,27 +29,11 @@ SCALARS = ("loss/D", "loss/G", "loss/r1", "scores/real", "scores/fake")
 MEAN_W_DECAY = 0.998  # of the tracked mean style, per update, as StyleGAN2
 
 
-def resolve_precision(setting: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products: auto is bf16 where the processor multiplies bf16 natively."""
-    if setting != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[setting]
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        capabilities = torch.cpu.get_capabilities()
-        native = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if native else torch.float32
-
-
-def agreed_precision(setting: str, device: torch.device, world: World) -> torch.dtype:
-    """bf16 only where every worker has it: machines of two kinds must not train in two precisions."""
-    mine = resolve_precision(setting, device)
-    votes = world.sum_(torch.tensor([float(mine == torch.bfloat16)], device=device))
-    return torch.bfloat16 if int(votes.item()) == world.size else torch.float32
-
-
 class Updates:
-    """Both updates of one training iteration, over a `TrainState` that they change in place."""
+    """Both updates of one training iteration, over a `TrainState` that they change in place.
+
+    phases: is told which part of an update begins and ends, for benchmarks.
+    """
 
     def __init__(
         self,
@@ -58,17 +43,22 @@ class Updates:
         state: TrainState,
         world: World,
         device: torch.device,
+        phases: phase.Phases = phase.unwatched,
     ) -> None:
         self.train, self.seed, self.state, self.world, self.device = train, seed, state, world, device
+        self.phases = phases
         self.share = share_of(world, train.batch_size, model.discriminator.group)
         self.parts = parts_of(self.share, model.discriminator.group, train.accumulation)
         self.size, self.patch = model.size, train.patch
         self.precision = agreed_precision(train.precision, device, world)
+        if world.rank == 0:
+            print(precision_sentence(train.precision, device, self.precision), flush=True)
         self.dtype = state.average.mean_w.dtype  # float32; float64 where tests ask for it
         self.positions_B = torch.arange(self.share.start, self.share.stop, device=device)
         self.grid_P2 = full_grid(model.size).to(device)
-        self.generator = self._distribute(state.generator)
-        self.discriminator = self._distribute(state.discriminator)
+        group = slice(0, model.discriminator.group)
+        self.generator = distribute(state.generator, world, device, lambda module: self._rehearse_g(module, group))
+        self.discriminator = distribute(state.discriminator, world, device, lambda d: self._rehearse_d(d, group))
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
@@ -76,15 +66,21 @@ class Updates:
         """Trains on this worker's uint8 pictures (B, H, W, 3) and moves the count of images on."""
         images_seen = self.state.images_seen
         coordinates = self._coordinates(images_seen)
-        side = self.patch.size or self.size
         real_BP3 = to_float(sample_pixels(real_BHWC, coordinates) if self.patch.size else real_BHWC.flatten(1, 2))
-        real_BCHW = images_from_pixels(real_BP3.to(self.dtype), side, side)
+        real_BCHW = images_from_pixels(real_BP3.to(self.dtype), self.side, self.side)
         self._update_discriminator(real_BCHW, coordinates, images_seen)
         if self.train.r1_gamma > 0 and images_seen // self.train.batch_size % self.train.r1_interval == 0:
-            self._update_r1(real_BCHW)
+            with self.phases(phase.D_R1):
+                self._update_r1(real_BCHW)
         self._update_generator(coordinates, images_seen)
-        self._update_average(images_seen)
+        with self.phases(phase.EMA):
+            self._update_average(images_seen)
         self.state.images_seen = images_seen + self.train.batch_size
+
+    @property
+    def side(self) -> int:
+        """Pixels along what D sees: a patch, or the whole picture."""
+        return self.patch.size or self.size
 
     def scalars(self) -> dict[str, float]:
         """Means over all pictures since the last call, over all workers; a collective call."""
@@ -100,11 +96,11 @@ class Updates:
 
     def _update_discriminator(self, real_BCHW: Tensor, coordinates: Tensor, images_seen: int) -> None:
         def loss_of(part: slice) -> Tensor:
-            with torch.no_grad(), self.autocast():
+            with self.phases(phase.G_FOR_D), torch.no_grad(), self.autocast():
                 fake_BP3 = self._fake(self.state.generator, coordinates, images_seen, part, for_generator=False)
             real = real_BCHW[part]
             fake = images_from_pixels(fake_BP3.to(self.dtype), *real.shape[2:])
-            with self.autocast():
+            with self.phases(phase.D_MAIN), self.autocast():
                 # One forward for both: groups of the minibatch stddev are contiguous, so they never mix.
                 logits = self.discriminator(torch.cat([real, fake]))
             real_B, fake_B = logits.chunk(2)
@@ -114,7 +110,7 @@ class Updates:
             self._add("scores/fake", fake_B)
             return losses_B
 
-        self._descend(self.discriminator, self.state.optimizer_discriminator, loss_of, 1.0)
+        self._descend(self.discriminator, self.state.optimizer_discriminator, loss_of, 1.0, phase.D_MAIN)
         self._count("loss/D", "scores/real", "scores/fake")
 
     def _update_r1(self, real_BCHW: Tensor) -> None:
@@ -125,22 +121,21 @@ class Updates:
 
         weight = self.train.r1_gamma / 2 * self.train.r1_interval
         with torch.backends.cudnn.flags(allow_tf32=False):  # second derivatives in full fp32 on CUDA as well
-            self._descend(self.discriminator, self.state.optimizer_discriminator, loss_of, weight)
+            self._descend(self.discriminator, self.state.optimizer_discriminator, loss_of, weight, phase.D_R1)
         self._count("loss/r1")
 
     def _update_generator(self, coordinates: Tensor, images_seen: int) -> None:
-        side = self.patch.size or self.size
-
         def loss_of(part: slice) -> Tensor:
-            with self.autocast():
+            with self.phases(phase.G_FORWARD), self.autocast():
                 fake_BP3 = self._fake(self.generator, coordinates, images_seen, part, for_generator=True)
-                logits_B = self.state.discriminator(images_from_pixels(fake_BP3, side, side))
+            with self.phases(phase.D_FOR_G), self.autocast():
+                logits_B = self.state.discriminator(images_from_pixels(fake_BP3, self.side, self.side))
             losses_B = generator_loss(logits_B)
             self._add("loss/G", losses_B)
             return losses_B
 
         self.state.discriminator.requires_grad_(False)
-        self._descend(self.generator, self.state.optimizer_generator, loss_of, 1.0)
+        self._descend(self.generator, self.state.optimizer_generator, loss_of, 1.0, phase.G_BACKWARD)
         self.state.discriminator.requires_grad_(True)
         self._count("loss/G")
 
@@ -175,47 +170,37 @@ class Updates:
         corners_B2 = corners(self.seed, images_seen, self.positions_B, self.size, self.patch.size, step)
         return patch_grid(corners_B2, self.patch.size, step)
 
+    def _rehearse_g(self, generator: nn.Module, part: slice) -> Tensor:
+        with self.autocast():
+            return self._fake(generator, self._coordinates(0), 0, part, for_generator=True)
+
+    def _rehearse_d(self, discriminator: nn.Module, part: slice) -> Tensor:
+        black_BP3 = torch.zeros(part.stop, self.side**2, 3, dtype=self.dtype, device=self.device)
+        with self.autocast():
+            return discriminator(images_from_pixels(black_BP3, self.side, self.side))
+
     def _descend(
         self,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
         loss_of: Callable[[slice], Tensor],
         weight: float,
+        backward: str,
     ) -> None:
-        """One optimiser step on the mean over the global batch; gradients travel with the last part only."""
+        """One optimiser step on the mean over the global batch; gradients travel with the last part only.
+
+        backward: the phase that the backward passes belong to.
+        """
         # DDP averages over workers, who may hold unequal shares: sums times world size over batch undo that.
         scale = weight * self.world.size / self.train.batch_size
         optimizer.zero_grad(set_to_none=True)
         for number, part in enumerate(self.parts):
-            last = number == len(self.parts) - 1
-            with self._synchronise(module, last):
-                (loss_of(part).sum() * scale).backward()
-        optimizer.step()
-
-    def _distribute(self, module: nn.Module) -> nn.Module:
-        if self.world.size == 1:
-            return module
-        device_ids = [self.device.index] if self.device.type == "cuda" else None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers, 2.11 knows no other
-            return DistributedDataParallel(
-                module,
-                device_ids=device_ids,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                # Nothing is unused; but only so DDP keeps its first layout of buckets, and with it the order of
-                # sums, which for three workers or more would differ after a restart (promise 5).
-                find_unused_parameters=True,
-            )
-
-    @staticmethod
-    @contextlib.contextmanager
-    def _synchronise(module: nn.Module, last: bool) -> Iterator[None]:
-        if last or not isinstance(module, DistributedDataParallel):
-            yield
-        else:
-            with module.no_sync():
-                yield
+            with synchronise(module, last=number == len(self.parts) - 1):
+                loss = loss_of(part).sum() * scale
+                with self.phases(backward):
+                    loss.backward()
+        with self.phases(phase.OPTIMISERS):
+            optimizer.step()
 
     def autocast(self) -> torch.autocast:
         """The context of matrix products in the precision of this run."""

@@ -7,6 +7,7 @@ counters are read when the loader has run for a while, and again at the end.
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import sys
 import time
@@ -62,11 +63,13 @@ class _Moment:
     server_cpu_seconds: float | None
 
 
-def measure(batches: Iterator[Any], images: int, seconds: float, server: Server | None) -> Stretch:
-    """Takes batches until both `images` and `seconds` are reached, or none are left."""
+def measure(
+    batches: Iterator[Any], images: int, seconds: float, server: Server | None, longest: float = math.inf
+) -> Stretch:
+    """Takes batches until both `images` and `seconds` are reached, `longest` seconds are over, or none are left."""
     before = _begin(server)
     count = 0
-    while count < images or time.perf_counter() - before.seconds < seconds:
+    while (took := time.perf_counter() - before.seconds) < longest and (count < images or took < seconds):
         batch = next(batches, None)
         if batch is None:
             break
@@ -123,7 +126,7 @@ def steady(build: Callable[[], Iterator[Any]], arguments: dict[str, Any], packag
     server = server_of(arguments)
     batches, seconds = first_batch(build, arguments["size"])
     measure(batches, arguments["warmup"], 0.0, server)
-    stretch = measure(batches, arguments["images"], arguments["seconds"], server)
+    stretch = measure(batches, arguments["images"], arguments["seconds"], server, arguments["longest"])
     return Outcome(stretch, seconds, versions(packages))
 
 

@@ -1,0 +1,78 @@
+"""The generator as published code computes it: pictures as (B, C, H, W), grouped 1x1 convolutions, every step apart.
+
+What the fast form is measured against. The same parameters by the same names, and the same function.
+Shapes: B pictures, C channels, H height, W width, I channels in, O channels out, Z latent.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.models.build import ModelConfig
+from pipeline.models.cips import Generator, Group
+from pipeline.models.encoding import coordinate_noise
+from pipeline.models.layers import GAIN, SLOPE, ModulatedLinear, ToRGB
+
+
+class ReferenceGenerator(Generator):
+    """Takes whole grids (P, 2) or (B, P, 2), which become pictures of one row where they are no square."""
+
+    def _synthesise(self, w_BZ: Tensor, coordinates: Tensor, keys: Tensor | None) -> Tensor:
+        batch, points = w_BZ.shape[0], coordinates.shape[-2]
+        width = math.isqrt(points) if math.isqrt(points) ** 2 == points else points
+        features = self.encoding(coordinates).expand(batch, -1, -1)
+        x_BCHW = features.transpose(1, 2).reshape(batch, -1, points // width, width)
+        noise: list[Tensor | None] = [None] * self.layers
+        if keys is not None:
+            maps = coordinate_noise(coordinates, keys, self.size, self.layers)
+            noise = [one.reshape(-1, 1, points // width, width) for one in maps]
+        x_BCHW = styled(self.first, x_BCHW, w_BZ, noise[0])
+        rgb_B3HW: Tensor | None = None
+        for index, group in enumerate(self.groups):
+            assert isinstance(group, Group)
+            x_BCHW = styled(group.linear_0, x_BCHW, w_BZ, noise[2 * index + 1])
+            x_BCHW = styled(group.linear_1, x_BCHW, w_BZ, noise[2 * index + 2])
+            colour_B3HW = colours(group.to_rgb, x_BCHW, w_BZ)
+            rgb_B3HW = colour_B3HW if rgb_B3HW is None else rgb_B3HW + colour_B3HW
+        assert rgb_B3HW is not None
+        return rgb_B3HW.flatten(2).transpose(1, 2)
+
+
+def reference_generator(model: ModelConfig) -> ReferenceGenerator:
+    """A fresh one, as `build_generator` makes the fast one."""
+    return ReferenceGenerator(
+        size=model.size,
+        width=model.width,
+        widths=model.group_widths,
+        latent=model.latent,
+        mapping_layers=model.mapping_layers,
+        noise=model.noise,
+        max_pixels_in_flight=model.max_pixels_in_flight,
+    )
+
+
+def styled(layer: ModulatedLinear, x_BCHW: Tensor, w_BZ: Tensor, noise_B1HW: Tensor | None) -> Tensor:
+    """ModFC: convolution, noise, bias, activation and gain, one after the other."""
+    y_BCHW = convolved(layer, x_BCHW, w_BZ, demodulate=True)
+    if noise_B1HW is not None:
+        y_BCHW = y_BCHW + layer.noise_strength * noise_B1HW.to(y_BCHW.dtype)
+    return F.leaky_relu(y_BCHW + layer.bias[:, None, None], SLOPE) * GAIN
+
+
+def colours(layer: ToRGB, x_BCHW: Tensor, w_BZ: Tensor) -> Tensor:
+    """The RGB of a group (B, 3, H, W)."""
+    return convolved(layer, x_BCHW, w_BZ, demodulate=False) + layer.bias[:, None, None]
+
+
+def convolved(layer: ModulatedLinear | ToRGB, x_BCHW: Tensor, w_BZ: Tensor, *, demodulate: bool) -> Tensor:
+    """Equation 2 of the paper: the weights of each picture, applied as one grouped convolution."""
+    batch, channels, height, width = x_BCHW.shape
+    style_BI = layer.affine(w_BZ)
+    weight_BOI = layer.scale * layer.weight.t() * style_BI[:, None, :]
+    if demodulate:
+        weight_BOI = weight_BOI * torch.rsqrt(weight_BOI.square().sum(dim=2, keepdim=True) + 1e-8)
+    kernels = weight_BOI.reshape(-1, channels, 1, 1)
+    images_1CHW = x_BCHW.reshape(1, batch * channels, height, width)
+    return F.conv2d(images_1CHW, kernels, groups=batch).reshape(batch, -1, height, width)

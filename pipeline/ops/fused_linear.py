@@ -1,0 +1,149 @@
+"""The pixels' part of a modulated layer: a product for each picture, with noise, bias and LeakyReLU.
+
+On a CPU it works through blocks of pixels: what a product wrote is still in the cache when the activation reads it.
+On CUDA a kernel does all of it at once where Triton is installed; without, torch's own products and passes do.
+Shapes: B pictures, P pixels, I channels in, O channels out.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.ops import fused_triton
+
+BLOCK_BYTES = 4 << 20
+"""Of a block's output: with its input it stays in the last cache of any processor, and calls are few."""
+SMALLEST_BLOCK = 64  # pixels; with fewer rows matrix libraries switch kernels and the last bits change
+
+
+class Gradients(NamedTuple):
+    """Of a layer's product; None where not asked for."""
+
+    x: Tensor | None
+    weight_BIO: Tensor | None
+    """In float32, or float64 for float64."""
+    bias_O: Tensor | None
+    noise_BP: Tensor | None
+    """One row for each picture, also where all pictures shared the noise."""
+
+
+def product(x: Tensor, weight_BIO: Tensor, bias_O: Tensor | None, noise_BP: Tensor | None, slope: float) -> Tensor:
+    """leaky_relu(x @ weight + bias + noise), (B, P, O) in the dtype of x.
+
+    x: (B, P, I), or (P, I) if all pictures share it. weight_BIO: modulated, in the dtype of x. noise_BP: (B or 1, P),
+    one number for all channels. slope: of LeakyReLU below zero; 1 for none.
+    """
+    if fused_triton.available(x):
+        return fused_triton.product(x, weight_BIO, bias_O, noise_BP, slope)
+    x_BPI = x.expand(weight_BIO.shape[0], *x.shape[-2:])
+    batch, points, _ = x_BPI.shape
+    y_BPO = x.new_empty(batch, points, weight_BIO.shape[2])
+    left_BPK, right_KO = _addends(bias_O, noise_BP, y_BPO)
+    for pictures, pixels in blocks(y_BPO):
+        y, rows, weight = y_BPO[pictures, pixels], x_BPI[pictures, pixels], weight_BIO[pictures]
+        if right_KO.shape[0]:
+            torch.bmm(left_BPK[pictures, pixels], right_KO.expand(y.shape[0], -1, -1), out=y)
+            y.baddbmm_(rows, weight)
+        else:
+            torch.bmm(rows, weight, out=y)
+        if slope != 1.0:
+            F.leaky_relu_(y, slope)
+    return y_BPO
+
+
+def product_backward(
+    gradient_BPO: Tensor, x: Tensor, y_BPO: Tensor, weight_BIO: Tensor, slope: float, needs: tuple[bool, ...]
+) -> Gradients:
+    """The gradients of `product`, from its result y; needs: which of x, weight, bias and noise."""
+    need_x, need_weight, need_bias, need_noise = needs
+    exact = torch.promote_types(x.dtype, torch.float32)
+    shared = x.ndim == 2
+    x_BPI = x.expand(weight_BIO.shape[0], *x.shape[-2:])
+    batch, points, _ = x_BPI.shape
+    weight_BOI = weight_BIO.transpose(1, 2)
+    grad_x = torch.empty_like(x_BPI, memory_format=torch.contiguous_format) if need_x and not shared else None
+    grad_weight = torch.zeros_like(weight_BIO, dtype=exact) if need_weight else None
+    grad_bias = x.new_zeros(weight_BIO.shape[2], dtype=exact) if need_bias else None
+    grad_noise = x.new_empty(batch, points, dtype=exact) if need_noise else None
+    grad_product = torch.empty_like(y_BPO) if need_x and shared else None
+    of_activation = fused_triton.activation_backward if fused_triton.available(x) else activation_backward
+    for pictures, pixels in blocks(y_BPO):
+        gradient, bias, noise = of_activation(
+            gradient_BPO[pictures, pixels], y_BPO[pictures, pixels], slope, need_bias, need_noise
+        )
+        if grad_bias is not None and bias is not None:
+            grad_bias += bias
+        if grad_noise is not None and noise is not None:
+            grad_noise[pictures, pixels] = noise
+        if grad_weight is not None:
+            grad_weight[pictures] += torch.bmm(x_BPI[pictures, pixels].transpose(1, 2), gradient)
+        if grad_x is not None:
+            torch.bmm(gradient, weight_BOI[pictures], out=grad_x[pictures, pixels])
+        if grad_product is not None:
+            grad_product[pictures, pixels] = gradient
+    if grad_product is not None:  # one product sums over the pictures in full precision
+        grad_x = grad_product.transpose(0, 1).flatten(1) @ weight_BOI.flatten(0, 1)
+    return Gradients(grad_x, grad_weight, grad_bias, grad_noise)
+
+
+def activation_backward(
+    gradient_BPO: Tensor, y_BPO: Tensor, slope: float, need_bias: bool, need_noise: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients before the activation, of which y is the result: of the product, of the bias (O,), of noise (B, P).
+
+    The last two are sums in float32, or float64 for float64; None where not asked for.
+    """
+    exact = torch.promote_types(y_BPO.dtype, torch.float32)
+    if slope != 1.0:
+        gradient_BPO = torch.ops.aten.leaky_relu_backward(gradient_BPO, y_BPO, slope, True)
+    bias_O = _sum_of_pixels(gradient_BPO).sum(dim=0, dtype=exact) if need_bias else None
+    noise_BP = _sum_of_channels(gradient_BPO).to(exact) if need_noise else None
+    return gradient_BPO, bias_O, noise_BP
+
+
+def _addends(bias_O: Tensor | None, noise_BP: Tensor | None, y_BPO: Tensor) -> tuple[Tensor, Tensor]:
+    """Noise and bias as a product (B, P, K) @ (K, O) with K = 2, 1 or 0: three times as fast as adding them up."""
+    batch, points, channels = y_BPO.shape
+    columns, rows = [], []
+    if noise_BP is not None:
+        columns.append(noise_BP.to(y_BPO.dtype).expand(batch, -1))
+        rows.append(y_BPO.new_ones(channels))
+    if bias_O is not None:
+        columns.append(y_BPO.new_ones(1, 1).expand(batch, points))
+        rows.append(bias_O.to(y_BPO.dtype))
+    if not rows:
+        return y_BPO[:, :, :0], y_BPO.new_empty(0, channels)
+    return torch.stack(columns, dim=2), torch.stack(rows)
+
+
+def _sum_of_pixels(x_BPO: Tensor) -> Tensor:
+    """(B, O). As a product, with sums in float32: torch's own sum of bfloat16 takes seven times as long on a CPU."""
+    if x_BPO.is_cuda or x_BPO.dtype.itemsize > 2:
+        return x_BPO.sum(dim=1)
+    return torch.bmm(x_BPO.new_ones(1, 1, 1).expand(*x_BPO.shape[:2], 1).transpose(1, 2), x_BPO).squeeze(1)
+
+
+def _sum_of_channels(x_BPO: Tensor) -> Tensor:
+    """(B, P), likewise; with a single column of ones the library takes a slower way."""
+    if x_BPO.is_cuda or x_BPO.dtype.itemsize > 2:
+        return x_BPO.sum(dim=2)
+    return torch.bmm(x_BPO, x_BPO.new_ones(x_BPO.shape[0], x_BPO.shape[2], 16))[:, :, 0]
+
+
+def blocks(y_BPO: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Pictures and pixels to be computed together: several whole pictures, or equal parts of one."""
+    batch, points, channels = y_BPO.shape
+    most = max(SMALLEST_BLOCK, BLOCK_BYTES // (channels * y_BPO.element_size()))
+    if points <= most or y_BPO.is_cuda:
+        together = batch if y_BPO.is_cuda else max(1, most // max(1, points))
+        for first in range(0, batch, together):
+            yield slice(first, first + together), slice(None)
+        return
+    parts = -(-points // most)
+    edges = [points * part // parts for part in range(parts + 1)]
+    for picture in range(batch):
+        for start, stop in zip(edges, edges[1:], strict=False):
+            yield slice(picture, picture + 1), slice(start, stop)

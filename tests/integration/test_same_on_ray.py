@@ -1,0 +1,136 @@
+"""The same training on Ray with 1, 2 and 3 workers as in one process without Ray (promise 4).
+
+The whole way of a run: configuration, worker group, DDP, data stream, loop, log and checkpoint.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.cluster import training
+from pipeline.config import Config, load_config
+from pipeline.data.stream import DataConfig
+from pipeline.models.cips import Generator
+from pipeline.storage import StorageConfig
+from pipeline.training import local, loop
+from pipeline.training.checkpoint import GENERATOR, TRAINING, checkpoint_folder, read_info, read_tensors
+from pipeline.training.observers import read_log
+from tests.ddp import default_dtype, one_thread
+from tests.ray_nodes import ray_nodes
+from tests.small import SMALL_SETTINGS, small_data
+
+pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
+
+UPDATES, BATCH = 20, 32
+SMALL = [
+    *SMALL_SETTINGS,
+    f"train.batch_size={BATCH}",  # 8 groups: three workers hold 2, 3 and 3
+    f"train.total_kimg={UPDATES * BATCH / 1000}",
+    f"train.tick_kimg={BATCH / 1000}",
+    "train.accumulation=2",
+    # Once in a while a float32 sum falls on the other side of a leaky ReLU's kink, and Adam without momentum makes
+    # a full step of it. At the paper's rate that grows to 1e-2 within ten updates; float64 has no such moments.
+    "train.learning_rate=0.0005",
+    "run.seed=2",
+    "train.precision=fp32",
+    "train.r1_gamma=1",
+    "train.r1_interval=4",
+    "train.patch.size=8",
+    "train.patch.strides=[1, 2]",
+    "data.decoder=pillow",
+    "cluster.threads_per_worker=1",
+    "cluster.health_check_interval_s=0.5",
+    "tracking.enabled=false",
+]
+WORKERS = (1, 2, 3)
+worker = training.worker
+
+
+def blank_sheet(generator: Generator, columns: int, rows: int, *, seed: int, batch_size: int = 16) -> np.ndarray:
+    """Stands for a sheet of samples, which are drawn from float32 latents; nothing of training depends on it."""
+    return np.zeros((columns, rows, 3), np.uint8)
+
+
+def in_float64(settings: dict[str, Any]) -> dict[str, Any]:
+    """A worker that makes all weights, and so all of training, in float64."""
+    loop.sample_sheet = blank_sheet
+    with default_dtype(torch.float64):
+        return worker(settings)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    return small_data(tmp_path_factory.mktemp("data"), 72, row_group_rows=9)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with ray_nodes(max(WORKERS), cpus=1) as found:
+        yield found
+
+
+def config_of(folder: Path, name: str, data: DataConfig, *more: str) -> Config:
+    return load_config(None, [*SMALL, f"data.uri={data.uri}", f"run.dir={folder}", f"run.name={name}", *more])
+
+
+def losses_of(config: Config) -> list[dict[str, float]]:
+    """The scalars of each update."""
+    lines = read_log(config.run_uri, config.storage)
+    assert [line["images_seen"] for line in lines] == [BATCH * number for number in range(UPDATES + 1)]
+    return [line["scalars"] for line in lines[1:]]
+
+
+def tensors_of(folder: str) -> dict[str, Tensor]:
+    """All that a checkpoint holds."""
+    info, storage = read_info(folder, StorageConfig()), StorageConfig()
+    return read_tensors(folder, GENERATOR, info, storage) | read_tensors(folder, TRAINING, info, storage)
+
+
+def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Of any tensor, relative to its own largest value; infinite where something is not a number."""
+    assert one.keys() == other.keys()
+    found = [float((one[name] - other[name]).abs().max() / other[name].abs().max().clamp_min(1e-12)) for name in one]
+    return max(found) if all(map(math.isfinite, found)) else math.inf
+
+
+def drift(one: dict[str, Tensor], other: dict[str, Tensor], start: dict[str, Tensor]) -> float:
+    """Euclidean distance of all weights, averages and the mean style, as a share of how far training moved them."""
+    names = [name for name in start if not name.startswith("adam.")]
+    apart = sum(float((one[name] - other[name]).square().sum()) for name in names)
+    moved = sum(float((other[name] - start[name]).square().sum()) for name in names)
+    return math.sqrt(apart / moved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_ray_and_the_number_of_workers_change_nothing(
+    dtype: torch.dtype, data: DataConfig, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "local_device", lambda: torch.device("cpu"))  # Ray's workers have no GPU here either
+    if dtype == torch.float64:
+        monkeypatch.setattr(training, "worker", in_float64)
+        monkeypatch.setattr(loop, "sample_sheet", blank_sheet)
+    alone = config_of(tmp_path, "alone", data)
+    with default_dtype(dtype), one_thread():
+        expected = tensors_of(local.train_here(alone.plan()).checkpoint)
+    start = tensors_of(checkpoint_folder(alone.run_uri, 0))
+    assert expected["generator.first.weight"].dtype == dtype
+    assert sum("loss/r1" in losses for losses in losses_of(alone)) == 5
+    for workers in WORKERS:
+        more = [f"cluster.workers={workers}", f"cluster.address={address}"]
+        config = config_of(tmp_path, f"workers-{workers}", data, *more)
+        outcome = training.train_on_ray(config, None)
+        assert outcome.images_seen == UPDATES * BATCH
+        for update, losses in enumerate(losses_of(config)):
+            wanted = pytest.approx(losses_of(alone)[update], rel=1e-3 if dtype == torch.float32 else 1e-9)
+            assert losses == wanted, f"{workers} workers, update {update}"
+        found = tensors_of(outcome.checkpoint)
+        if dtype == torch.float32:
+            assert drift(found, expected, start) <= 1e-2, f"{workers} workers"
+        else:
+            assert largest_difference(found, expected) <= 1e-8, f"{workers} workers"

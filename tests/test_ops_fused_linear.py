@@ -1,0 +1,73 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipeline.ops import fused_linear
+from pipeline.ops.fused_linear import SMALLEST_BLOCK, activation_backward, blocks, product, product_backward
+
+
+def plain(arguments: list[Tensor], slope: float) -> Tensor:
+    x, weight_BIO, bias_O, noise_BP = arguments
+    return F.leaky_relu(x @ weight_BIO + bias_O + noise_BP[:, :, None], slope)
+
+
+def inputs(batch: int, points: int, shared: bool) -> list[Tensor]:
+    torch.manual_seed(batch + points)
+    shapes = [(points, 12) if shared else (batch, points, 12), (batch, 12, 8), (8,), (batch, points)]
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+@given(
+    batch=st.integers(1, 9),
+    points=st.integers(1, 3000),
+    channels=st.sampled_from([1, 3, 64, 512]),
+    most=st.sampled_from([1, 4096, 1 << 16, 1 << 22]),
+)
+@settings(deadline=None)
+def test_blocks_cover_every_pixel_once(batch: int, points: int, channels: int, most: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_linear, "BLOCK_BYTES", most)
+        seen = torch.zeros(batch, points, dtype=torch.int64)
+        for pictures, pixels in blocks(torch.empty(batch, points, channels)):
+            part = seen[pictures, pixels]
+            assert part.shape[1] >= min(points, SMALLEST_BLOCK) / 2 or part.shape[1] == points
+            part += 1
+    assert torch.equal(seen, torch.ones_like(seen))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("batch", "points"), [(1, 1), (5, 70), (3, 1000)])
+def test_many_blocks_equal_the_plain_form(
+    shared: bool, batch: int, points: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_linear, "BLOCK_BYTES", 128 * 8 * 8)  # 128 pixels at once
+    arguments = inputs(batch, points, shared)
+    x, weight, bias, noise = (argument.detach() for argument in arguments)
+    y_BPO = product(x, weight, bias, noise, 0.2)
+    expected = plain(arguments, 0.2)
+    torch.testing.assert_close(y_BPO, expected, rtol=1e-12, atol=1e-12)
+    gradient = torch.randn_like(y_BPO)
+    found = product_backward(gradient, x, y_BPO, weight, 0.2, (True, True, True, True))
+    for one, other in zip(found, torch.autograd.grad(expected, arguments, gradient), strict=True):
+        assert one is not None
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_the_product_of_a_pixel_does_not_depend_on_its_block() -> None:
+    x, weight, bias, noise = (argument.detach().float() for argument in inputs(2, 9000, shared=False))
+    order = torch.randperm(9000)
+    whole = product(x, weight, bias, noise, 0.2)
+    assert torch.equal(product(x[:, order], weight, bias, noise[:, order], 0.2), whole[:, order])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_at_zero_the_slope_below_counts_and_sums_are_exact(dtype: torch.dtype) -> None:
+    y = torch.tensor([[[0.0, -1.0, 2.0]]], dtype=dtype)
+    gradient, bias, noise = activation_backward(torch.ones_like(y), y, 0.25, True, True)
+    assert gradient.tolist() == [[[0.25, 0.25, 1.0]]]
+    assert bias is not None and bias.tolist() == [0.25, 0.25, 1.0]
+    assert noise is not None and noise.tolist() == [[1.5]] and noise.dtype == torch.promote_types(dtype, torch.float32)
+    assert activation_backward(y, y, 1.0, False, False) == (y, None, None)
