@@ -337,3 +337,16 @@ def test_more_elements_than_32_bits_can_count() -> None:
     last, _, last_noise = activation_backward(y[-1:], y[-1:], 0.2, True, True)
     assert torch.equal(g[-1:], last) and noise is not None and last_noise is not None
     assert torch.equal(noise[-1:], last_noise)
+
+
+def test_where_triton_cannot_compile_torch_serves(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_compiler(*_: object) -> Tensor:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(fused_triton, "product", no_compiler)
+    fused_triton._kernels_run.cache_clear()
+    assert not fused_triton._kernels_run(torch.device("cpu"))
+    fused_triton._kernels_run.cache_clear()
+    assert "Failed to find C compiler\nthey want a C compiler" in capsys.readouterr().out

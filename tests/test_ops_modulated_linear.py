@@ -119,3 +119,39 @@ def test_one_tensor_of_the_pixels_size_is_kept(keep_weights: bool) -> None:
     large = {tensor.data_ptr() for tensor in kept if tensor.numel() >= y.numel()}
     assert large == {y.data_ptr(), arguments[0].data_ptr()}
     assert ((B, I, O) in {tuple(tensor.shape) for tensor in kept}) == keep_weights
+
+
+@pytest.mark.parametrize("keep_weights", [False, True])
+def test_a_backward_under_autocast_is_the_same(keep_weights: bool) -> None:
+    arguments = inputs(torch.float32, shared=False)
+    gradients = []
+    for inside in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = modulated_linear(*arguments, slope=0.2, keep_weights=keep_weights)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            gradients.append(torch.autograd.grad(y, arguments, torch.ones_like(y)))
+    for outside, one in zip(*gradients, strict=True):
+        assert torch.equal(outside, one)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("slope", [1.0, 0.2])
+@pytest.mark.parametrize("one_noise", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_cuda_equals_equation_2_in_float64(
+    dtype: torch.dtype, tolerance: float, shared: bool, one_noise: bool, slope: float
+) -> None:
+    exact = inputs(torch.float64, shared, points=300)
+    if one_noise:
+        exact[4] = exact[4].detach()[:1].requires_grad_(True)
+    arguments = [argument.detach().cuda().float().requires_grad_(True) for argument in exact]
+    with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        fast = modulated_linear(*arguments, gain=1.3, slope=slope)
+    reference = modulated_linear_reference(*exact, gain=1.3, slope=slope)
+    assert fast.dtype == dtype and relative(fast.cpu().double(), reference) < tolerance
+    weight = torch.randn_like(reference)
+    found = torch.autograd.grad(fast, arguments, weight.to("cuda", dtype))
+    for one, other in zip(found, torch.autograd.grad(reference, exact, weight), strict=True):
+        assert relative(one.cpu().double(), other) < tolerance

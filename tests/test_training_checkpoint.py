@@ -135,4 +135,5 @@ def test_a_moved_data_set_and_a_longer_training_are_the_same_training(tmp_path: 
     moved = json.loads(json.dumps(CONFIG))
     moved["data"]["uri"] = "s3://elsewhere"
     moved["train"]["total_kimg"] = 100
+    moved["train"]["recompute"] = "segment"  # what a run that ran out of memory is started again with
     check_same_training(info, moved, "abc", "here")

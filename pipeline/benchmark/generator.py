@@ -137,6 +137,8 @@ def measure(
     both: dict[Form, list[float]] = {form: [] for form in forms}
     rates: dict[Precision, list[float]] = {form.precision: [] for form in forms}
     for form in forms:  # libraries choose their kernels in the first
+        _allow_tf32(form.precision)
+        works[form](False)
         works[form](True)
     with tqdm(total=rounds * len(forms), desc="benchmark", unit=" runs", disable=None) as bar:
         for _ in range(rounds):
@@ -225,8 +227,8 @@ def _peak(shape: Shape, form: Form, device_name: str, threads: int) -> int:
     small = Shape(8, shape.width, shape.batch, shape.layer)
     work(small, form, device)(True)  # code and the libraries' own buffers are loaded
     call = work(shape, form, device)
+    reset_peak(device)  # gives free memory back to the system, which is then not the model's own
     before = current_bytes(device)
-    reset_peak(device)
     call(True)
     return peak_bytes(device) - before
 

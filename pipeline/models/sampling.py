@@ -40,7 +40,7 @@ def sample_images(
     size = size or generator.size
     grid = full_grid(size) if size == generator.size else dense_grid(generator.size, size, size)
     position_B = torch.as_tensor(positions, dtype=torch.int64, device=device)
-    z_BZ = latents(seed, purpose, 0, position_B, generator.latent)
+    z_BZ = latents(seed, purpose, 0, position_B, generator.latent).to(generator.mean_w.dtype)
     keys_B2 = noise_keys(seed, noise_purpose, 0, position_B)
     rgb_BP3 = generator(z_BZ, grid.to(device), keys_B2, truncation=truncation, noise=noise)
     return to_uint8(rgb_BP3).reshape(len(position_B), size, size, 3)

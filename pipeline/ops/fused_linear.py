@@ -24,7 +24,7 @@ class Gradients(NamedTuple):
 
     x: Tensor | None
     weight_BIO: Tensor | None
-    """In float32, or float64 for float64."""
+    """Summed over the blocks of pixels in float32, or float64 for float64; of each block in the dtype of x."""
     bias_O: Tensor | None
     noise_BP: Tensor | None
     """One row for each picture, also where all pictures shared the noise."""
@@ -94,7 +94,7 @@ def activation_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients before the activation, of which y is the result: of the product, of the bias (O,), of noise (B, P).
 
-    The last two are sums in float32, or float64 for float64; None where not asked for.
+    The last two are float32, or float64 for float64, with sums rounded once to y's dtype; None where not asked for.
     """
     exact = torch.promote_types(y_BPO.dtype, torch.float32)
     if slope != 1.0:
@@ -120,7 +120,7 @@ def _addends(bias_O: Tensor | None, noise_BP: Tensor | None, y_BPO: Tensor) -> t
 
 
 def _sum_of_pixels(x_BPO: Tensor) -> Tensor:
-    """(B, O). As a product, with sums in float32: torch's own sum of bfloat16 takes seven times as long on a CPU."""
+    """(B, O). As a product, which sums in float32: torch's own sum of bfloat16 takes seven times as long on a CPU."""
     if x_BPO.is_cuda or x_BPO.dtype.itemsize > 2:
         return x_BPO.sum(dim=1)
     return torch.bmm(x_BPO.new_ones(1, 1, 1).expand(*x_BPO.shape[:2], 1).transpose(1, 2), x_BPO).squeeze(1)

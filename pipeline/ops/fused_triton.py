@@ -65,7 +65,7 @@ def available(x: Tensor) -> bool:
     """Whether the kernels can take x: on CUDA from Ampere on (tensor cores for bfloat16), with Triton installed."""
     if not x.is_cuda or torch.version.cuda is None:  # ROCm's devices are called CUDA too
         return False
-    return x.dtype in DTYPES and _triton_found() and _capability(x.device)[0] >= 8
+    return x.dtype in DTYPES and _triton_found() and _capability(x.device)[0] >= 8 and _kernels_run(x.device)
 
 
 def product(
@@ -274,6 +274,18 @@ def _seconds(launch: Callable[[Tile], None], tile: Tile) -> float:
 @functools.cache
 def _triton_found() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _kernels_run(device: torch.device) -> bool:
+    """Whether a small product comes out right: Triton compiles at first use, for which a machine may lack tools."""
+    ones = torch.ones(1, 16, 16, device=device)
+    try:
+        return bool((product(ones, ones, None, None, 1.0) == 16).all())
+    except Exception as error:
+        print(f"the slower products of torch are used, since Triton's kernels do not run: {error}", flush=True)
+        print("they want a C compiler and Python's headers: apt-get install build-essential python3-dev", flush=True)
+        return False
 
 
 @functools.cache

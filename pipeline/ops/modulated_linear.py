@@ -118,23 +118,37 @@ class _ModulatedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_BPO,) = gradients
-        x, weight_IO, style_BI, bias_O, noise_BP, y_BPO, weight_BIO = ctx.saved_tensors
-        rule, needs = ctx.rule, ctx.needs_input_grad[:5]
-        if torch.is_grad_enabled():  # a derivative of this derivative is wanted
-            return *_plain_backward(gradient_BPO, (x, weight_IO, style_BI, bias_O, noise_BP), needs, rule), None
-        scale_BO = rule.demodulation(weight_IO, style_BI)
-        if weight_BIO is None:
-            weight_BIO = _modulated(weight_IO, style_BI, scale_BO, x.dtype)
-        wanted = (needs[0], needs[1] or needs[2], needs[3], needs[4])
-        found = product_backward(gradient_BPO, x, y_BPO, weight_BIO, rule.slope, wanted)
-        grad_weight, grad_style = None, None
-        if found.weight_BIO is not None:
-            grad_weight, grad_style = _modulation_backward(found.weight_BIO, weight_IO, style_BI, scale_BO, rule)
-        grad_bias = None if found.bias_O is None else found.bias_O.to(bias_O.dtype)
-        grad_noise = None
-        if found.noise_BP is not None:
-            grad_noise = found.noise_BP.sum_to_size(noise_BP.shape).to(noise_BP.dtype)
-        return found.x, grad_weight, grad_style, grad_bias, grad_noise, None
+        inputs, (y_BPO, weight_BIO) = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        needs = ctx.needs_input_grad[:5]
+        with torch.autocast(gradient_BPO.device.type, enabled=False):  # also where it is called under autocast
+            if torch.is_grad_enabled():  # a derivative of this derivative is wanted
+                return *_plain_backward(gradient_BPO, inputs, needs, ctx.rule), None
+            return *_backward(gradient_BPO, inputs, y_BPO, weight_BIO, needs, ctx.rule), None
+
+
+def _backward(
+    gradient_BPO: Tensor,
+    inputs: tuple[Any, ...],
+    y_BPO: Tensor,
+    weight_BIO: Tensor | None,
+    needs: tuple[bool, ...],
+    rule: _Rule,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, style, bias and noise."""
+    x, weight_IO, style_BI, bias_O, noise_BP = inputs
+    scale_BO = rule.demodulation(weight_IO, style_BI)
+    if weight_BIO is None:
+        weight_BIO = _modulated(weight_IO, style_BI, scale_BO, x.dtype)
+    wanted = (needs[0], needs[1] or needs[2], needs[3], needs[4])
+    found = product_backward(gradient_BPO, x, y_BPO, weight_BIO, rule.slope, wanted)
+    grad_weight, grad_style, grad_bias, grad_noise = None, None, None, None
+    if found.weight_BIO is not None:
+        grad_weight, grad_style = _modulation_backward(found.weight_BIO, weight_IO, style_BI, scale_BO, rule)
+    if found.bias_O is not None:
+        grad_bias = found.bias_O.to(bias_O.dtype)
+    if found.noise_BP is not None:
+        grad_noise = found.noise_BP.sum_to_size(noise_BP.shape).to(noise_BP.dtype)
+    return found.x, grad_weight, grad_style, grad_bias, grad_noise
 
 
 def _modulated(weight_IO: Tensor, style_BI: Tensor, scale_BO: Tensor, dtype: torch.dtype) -> Tensor:

@@ -50,6 +50,7 @@ FREE_KEYS = frozenset(
         "model.max_pixels_in_flight",
         "train.total_kimg",
         "train.accumulation",
+        "train.recompute",
         "train.tick_kimg",
         "train.checkpoint_kimg",
         "train.keep_checkpoints",

@@ -18,7 +18,7 @@ from pipeline.randomness import Purpose, corners, latents, noise_keys, stride
 from pipeline.training import phases as phase
 from pipeline.training.distribute import distribute, synchronise
 from pipeline.training.losses import discriminator_loss, generator_loss, r1_penalty
-from pipeline.training.precision import agreed_precision, precision_sentence
+from pipeline.training.precision import agreed_precision, full_precision, precision_sentence
 from pipeline.training.settings import TrainConfig
 from pipeline.training.state import TrainState, average_decay
 from pipeline.training.world import World, parts_of, share_of
@@ -120,7 +120,7 @@ class Updates:
             return penalty_B
 
         weight = self.train.r1_gamma / 2 * self.train.r1_interval
-        with torch.backends.cudnn.flags(allow_tf32=False):  # second derivatives in full fp32 on CUDA as well
+        with full_precision():
             self._descend(self.discriminator, self.state.optimizer_discriminator, loss_of, weight, phase.D_R1)
         self._count("loss/r1")
 

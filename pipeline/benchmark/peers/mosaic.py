@@ -6,6 +6,7 @@ cache: each epoch that is measured starts with an empty one and counts from the 
 the data set was constructed. It wants torchvision, of which it uses nothing here: an empty stand-in serves.
 """
 
+import collections
 import importlib
 import importlib.machinery
 import sys
@@ -78,18 +79,18 @@ def run(arguments: dict[str, Any]) -> Outcome | None:
 
 
 def _cold(loader: Any, arguments: dict[str, Any]) -> Outcome:
-    """Epochs with an empty cache each; the first is the warm-up and tells the time to the first batch."""
+    """Whole epochs, each with an empty cache; the first is the warm-up and tells the time to the first batch."""
     with tempfile.TemporaryDirectory(prefix="mosaic-") as cache:
         batches, first = first_batch(
             lambda: iter(loader(epochs=False, remote=arguments["uri"], local=cache)), arguments["size"]
         )
-        measure(batches, arguments["warmup"], 0.0, None)
-    total, longest = Stretch(), arguments["longest"]
-    while total.seconds < longest and (total.images < arguments["images"] or total.seconds < arguments["seconds"]):
+        collections.deque(batches, maxlen=0)
+    total = Stretch()
+    while total.images < arguments["images"] or total.seconds < arguments["seconds"]:
         with tempfile.TemporaryDirectory(prefix="mosaic-") as cache:
             pictures = loader(epochs=False, remote=arguments["uri"], local=cache)
             epoch = (batch for batch in pictures)  # begins, and begins to download, with its first batch
-            total = add(total, measure(epoch, sys.maxsize, 0.0, server_of(arguments), longest))
+            total = add(total, measure(epoch, sys.maxsize, 0.0, server_of(arguments)))
     return Outcome(total, first, versions([*PACKAGES, "boto3"]))
 
 
