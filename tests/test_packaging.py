@@ -79,7 +79,7 @@ def test_what_is_installed_is_what_is_pinned() -> None:
 
 def test_all_brings_what_a_node_needs() -> None:
     (everything,) = EXTRAS["all"]
-    assert everything.extras == {"cluster", "tracking", "dali", "evaluation", "lmdb", "benchmark"}
+    assert everything.extras == {"cluster", "tracking", "dali", "turbo", "evaluation", "lmdb", "benchmark"}
     assert set(EXTRAS) == {*everything.extras, "all", "aws", "test"}
     (ray,) = EXTRAS["cluster"]
     assert {"default", "train", "tune"} <= ray.extras  # `ray job submit` needs the dashboard

@@ -53,11 +53,14 @@ def search(config: Config, run_ids: dict[str, str]) -> list[Trial]:
             tune_config=tune.TuneConfig(max_concurrent_trials=config.tune.max_concurrent),
             run_config=tune.RunConfig(name=f"{config.run.name}-search", storage_path=notes_folder(config), verbose=1),
         )
-        results = {int(result.config["number"]): result for result in tuner.fit()}
+        grid = list(tuner.fit())
+    results = {int(result.config["number"]): result for result in grid if result.config}
+    unnamed = iter([result for result in grid if not result.config])  # failed before they began
     found = []
     for number, (trial, point) in enumerate(zip(configs, points, strict=True)):
-        metrics = results[number].metrics or {}
-        error = str(results[number].error).strip().splitlines()[-1] if results[number].error else None
+        result = results[number] if number in results else next(unnamed)
+        metrics = result.metrics or {}
+        error = str(result.error).strip().splitlines()[-1] if result.error else None
         value = None if error else metrics.get(config.tune_metric)
         found.append(Trial(trial.run.name, point, value, metrics.get("images_seen", 0) / 1000, error))
     return ranked(found, config.tune.mode)

@@ -118,12 +118,12 @@ class _ModulatedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_BPO,) = gradients
-        inputs, (y_BPO, weight_BIO) = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        *inputs, y_BPO, weight_BIO = ctx.saved_tensors  # once only: a recomputed segment hands them out once
         needs = ctx.needs_input_grad[:5]
         with torch.autocast(gradient_BPO.device.type, enabled=False):  # also where it is called under autocast
             if torch.is_grad_enabled():  # a derivative of this derivative is wanted
-                return *_plain_backward(gradient_BPO, inputs, needs, ctx.rule), None
-            return *_backward(gradient_BPO, inputs, y_BPO, weight_BIO, needs, ctx.rule), None
+                return *_plain_backward(gradient_BPO, tuple(inputs), needs, ctx.rule), None
+            return *_backward(gradient_BPO, tuple(inputs), y_BPO, weight_BIO, needs, ctx.rule), None
 
 
 def _backward(
