@@ -17,8 +17,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow]
 def test_a_grid_search(tmp_path: Path) -> None:
     data = small_data(tmp_path)
     uri = sqlite_uri(tmp_path)
+    (tmp_path / "grid.yaml").write_text("run: {name: grid}\n")
     settings = [
-        "run.name=grid",
         f"run.dir={tmp_path}/runs",
         f"data.uri={data.uri}",
         "data.decoder=pillow",
@@ -32,7 +32,8 @@ def test_a_grid_search(tmp_path: Path) -> None:
     ]
     with ray_nodes(1, cpus=1) as address:
         # A process of its own, as users have: in one that was connected to Ray before, Tune loses its trials.
-        command = [sys.executable, "-m", "jobs.tune", *settings, f"cluster.address={address}"]
+        command = [sys.executable, "-m", "jobs.tune", "--config", f"{tmp_path}/grid.yaml", *settings]
+        command.append(f"cluster.address={address}")
         search = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert search.returncode == 0, search.stdout + search.stderr
     printed = search.stdout
