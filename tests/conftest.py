@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+from tests import ddp
 from tests.servers import S3Server, s3_server
 
 # The same examples on every run, and no limit of time for one: a busy machine is not a failure.
@@ -19,3 +20,10 @@ def s3() -> Iterator[S3Server]:
         for name, value in server.environment().items():
             patch.setenv(name, value)
         yield server
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tensors as small as tests have, more threads only wait for each other."""
+    with ddp.one_thread():
+        yield

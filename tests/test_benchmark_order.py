@@ -67,11 +67,11 @@ def test_an_epoch_too_large_to_walk_says_that_it_was_sampled(capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
-        (["--workers", "1,zwei"], "'zwei': expected a whole number from 1 up"),
-        (["--samples", "0"], "'0': expected a whole number from 1 up"),
+        (["--workers", "1,zwei"], "'zwei': expected a whole number from 1 on"),
+        (["--samples", "0"], "'0': expected a whole number from 1 on"),
         (["--bandwidth-mb", "-3"], "'-3': expected a number above 0"),
         (["--latency-ms", "inf"], "'inf': expected a number above 0"),
-        (["--epochs", "1"], "'1': expected a whole number from 2 up"),
+        (["--epochs", "1"], "'1': expected a whole number from 2 on"),
     ],
 )
 def test_an_option_that_makes_no_sense_is_explained(

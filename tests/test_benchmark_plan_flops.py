@@ -1,7 +1,7 @@
 """What is counted from shapes, against torch's own counter on real forward and backward passes."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,17 +26,10 @@ MODEL = ModelConfig(
     mapping_layers=2,
     discriminator=DiscriminatorConfig(channel_base=2048, channel_max=96),
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 BATCH = 4
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For tensors this small, more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Untracked(contextlib.nullcontext[None]):

@@ -1,6 +1,5 @@
 """Bytes from shapes, against what real modules and real backward passes hold."""
 
-from collections.abc import Iterator
 from typing import Any, get_args
 
 import pytest
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from pipeline.benchmark.checkpoint import whole_state
 from pipeline.benchmark.plan_flops import layers
 from pipeline.benchmark.plan_memory import (
     busiest_share,
@@ -36,17 +36,10 @@ MODEL = ModelConfig(
     mapping_layers=2,
     discriminator=DiscriminatorConfig(channel_base=2048, channel_max=96),
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 BATCH = 8
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For tensors this small, more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Kept:
@@ -123,14 +116,7 @@ def test_what_r1_keeps() -> None:
 
 def test_what_stays_is_what_a_real_state_holds() -> None:
     train = TrainConfig()
-    state = build_state(MODEL, train, 0, CPU)
-    for module, optimizer in (
-        (state.generator, state.optimizer_generator),
-        (state.discriminator, state.optimizer_discriminator),
-    ):
-        for parameter in module.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
+    state = whole_state(build_state(MODEL, train, 0, CPU))
     memory = memory_of(MODEL, train, parameters_of(MODEL, train), BATCH, 4)
     sizes = {name: value.nbytes for name, value in state.tensors().items()}
 

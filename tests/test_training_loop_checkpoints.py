@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pipeline.data.stream import DataConfig
 from pipeline.models.cips import Generator
@@ -29,18 +28,12 @@ from tests.test_training_loop import CPU, Interrupted, StopsAt, Watcher, files_o
 
 Write = Callable[[str, bytes, StorageConfig], None]
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     return small_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Signals(Watcher):

@@ -6,7 +6,6 @@ import torch
 from pipeline.training import precision
 from pipeline.training.precision import (
     agreed_precision,
-    full_precision,
     native_bf16,
     precision_sentence,
     resolve_precision,
@@ -38,11 +37,3 @@ def test_the_sentence_gives_the_reason(
 ) -> None:
     monkeypatch.setattr(precision, "native_bf16", lambda device: processor)
     assert precision_sentence(setting, CPU, agreed) == f"matrix products in {sentence}"
-
-
-def test_full_precision_leaves_cudnn_on_and_everything_as_it_was() -> None:
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.enabled
-    with pytest.raises(ZeroDivisionError), full_precision():
-        assert not torch.backends.cudnn.allow_tf32 and torch.backends.cudnn.enabled == before[1]
-        raise ZeroDivisionError
-    assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.enabled) == before

@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pipeline.benchmark.report import aligned, machine
+from pipeline.benchmark.arguments import amount, count
+from pipeline.benchmark.clock import finish
+from pipeline.benchmark.report import aligned, busy, machine
 from pipeline.benchmark.s3 import find_weed, local_s3
 from pipeline.config import load_config
 from pipeline.layering import ConfigError
@@ -37,8 +39,6 @@ SIDE = 1024
 """Of the matrices that stand for training while a checkpoint is written."""
 QUIET_S = 2.0
 """So long their rate is measured undisturbed, before each checkpoint and after it."""
-BUSY_LOAD = 0.5
-"""Load average from which the machine is said to be busy with something else."""
 DIGEST = "benchmark"
 
 
@@ -70,8 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const="",
         help="also to S3; without a value to a SeaweedFS that is started for it",
     )
-    add("--tick-seconds", type=_positive, default=60.0, help="a tick that the pause is compared with (%(default)s)")
-    add("--rounds", type=_count, default=5, help="checkpoints of each kind; medians are told (%(default)s)")
+    add("--tick-seconds", type=amount, default=60.0, help="a tick that the pause is compared with (%(default)s)")
+    add("--rounds", type=count, default=5, help="checkpoints of each kind; medians are told (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -96,8 +96,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"Seconds for a checkpoint; median of {args.rounds}.\n")
     print(aligned([*HEADER[:5], f"of a {args.tick_seconds:g} s tick", *HEADER[5:]], rows) + "\n")
     print("\n".join(f"- {note}" for note in notes))
-    if about["load"] > BUSY_LOAD:
-        print(f"- the machine was busy with something else (load {about['load']:.1f}): figures are too high")
+    print(busy(about), end="")
 
 
 def whole_state(state: TrainState) -> TrainState:
@@ -184,14 +183,13 @@ def in_background(writer: CheckpointWriter, state: TrainState) -> tuple[float, f
 def products_until(done: Callable[[], bool], device: torch.device) -> tuple[float, float]:
     """Matrix products per second, on all threads or the GPU, until something is done; and the seconds until then."""
     left, right = (torch.ones(SIDE, SIDE, device=device) for _ in range(2))
-    count, began = 0, time.perf_counter()
-    while count == 0 or not done():
+    products, began = 0, time.perf_counter()
+    while products == 0 or not done():
         left @ right
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        count += 1
+        finish(device)
+        products += 1
     seconds = time.perf_counter() - began
-    return count / seconds, seconds
+    return products / seconds, seconds
 
 
 def after(seconds: float) -> Callable[[], bool]:
@@ -260,19 +258,3 @@ def _places(
         store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-s3-")), "server")
         server = stack.enter_context(local_s3(store))
         yield "S3 on this machine", f"s3://{server.bucket}/{own}", StorageConfig()
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0")
-    return value
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 up")
-    return int(text)

@@ -8,6 +8,7 @@ All forms run in turn (A B C A B C) in one process, and medians are told. Memory
 """
 
 import argparse
+import functools
 import json
 import math
 import multiprocessing
@@ -16,12 +17,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pipeline.benchmark.arguments import count, words
+from pipeline.benchmark.clock import finish
 from pipeline.benchmark.matmul import measured_rate
 from pipeline.benchmark.memory import current_bytes, peak_bytes, reset_peak
 from pipeline.benchmark.reference import reference_generator, styled
@@ -88,15 +91,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `jobs.benchmark generator`."""
     add = parser.add_argument
     add("--size", type=_power_of_two, default=64, help="side of the pictures in pixels (default %(default)s)")
-    add("--width", type=_positive, default=512, help="channels of all layers (default %(default)s)")
-    add("--batch", type=_positive, default=4, help="pictures at once (default %(default)s)")
+    add("--width", type=count, default=512, help="channels of all layers (default %(default)s)")
+    add("--batch", type=count, default=4, help="pictures at once (default %(default)s)")
     add("--layer", action="store_true", help="one modulated layer of this width instead of the whole generator")
-    add("--precisions", type=_precisions, help="of bf16, fp32 and tf32 (default: bf16,fp32)")
-    add("--recompute", type=_recomputes, default=["layer"], help="of none, layer and segment (default layer)")
+    add(
+        "--precisions",
+        type=functools.partial(words, known=tuple(DTYPES)),
+        help="of bf16, fp32 and tf32 (default: bf16,fp32)",
+    )
+    add(
+        "--recompute",
+        type=functools.partial(words, known=get_args(Recompute)),
+        default=["layer"],
+        help="of none, layer and segment (default layer)",
+    )
     add("--no-reference", action="store_true", help="leave out the published form, with which all are compared")
     add("--memory", action="store_true", help="measure peak memory as well, each form in a process of its own")
-    add("--rounds", type=_positive, default=5, help="repetitions of everything (default %(default)s)")
-    add("--threads", type=_positive, help="of the processor (default: torch's own choice)")
+    add("--rounds", type=count, default=5, help="repetitions of everything (default %(default)s)")
+    add("--threads", type=count, help="of the processor (default: torch's own choice)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
     add("--json", metavar="FILE", help="write everything that was measured")
 
@@ -263,16 +275,11 @@ def table(shape: Shape, rows: list[Row]) -> str:
 
 
 def _seconds(call: Callable[[bool], None], backward: bool, device: torch.device) -> float:
-    _wait(device)
+    finish(device)
     began = time.perf_counter()
     call(backward)
-    _wait(device)
+    finish(device)
     return time.perf_counter() - began
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _allow_tf32(precision: Precision) -> None:
@@ -283,29 +290,8 @@ def _threads() -> str:
     return f"{torch.get_num_threads()} thread(s)"
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 on")
-    return int(text)
-
-
 def _power_of_two(text: str) -> int:
-    number = _positive(text)
+    number = count(text)
     if number < 8 or not math.log2(number).is_integer():
         raise argparse.ArgumentTypeError(f"{text!r}: expected a power of two from 8 on")
     return number
-
-
-def _precisions(text: str) -> list[str]:
-    return _words(text, tuple(DTYPES))
-
-
-def _recomputes(text: str) -> list[str]:
-    return _words(text, ("none", "layer", "segment"))
-
-
-def _words(text: str, known: tuple[str, ...]) -> list[str]:
-    words = text.split(",")
-    if unknown := [word for word in words if word not in known]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: expected {', '.join(known)}, several with commas")
-    return words

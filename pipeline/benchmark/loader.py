@@ -6,6 +6,7 @@ own, in turn (A B C A B C), and medians are told.
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.benchmark import environment, report
+from pipeline.benchmark.arguments import count, counts, wholes, words
 from pipeline.benchmark.contenders import (
     PEERS,
     Contender,
@@ -47,8 +49,6 @@ HUB_ROWS = 100
 """Pictures in a row group as Hugging Face's own writer makes them."""
 FILE_PICTURES = 256
 """In a file of each format: enough for a long read, and enough files for streaming peers to deal to workers."""
-BUSY_LOAD = 0.5
-"""Load average from which the machine is said to be busy with something else."""
 
 
 class BenchmarkError(RuntimeError):
@@ -58,35 +58,36 @@ class BenchmarkError(RuntimeError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this kind of benchmark."""
     parser.add_argument("--data", metavar="URI", help="measure with this data set; otherwise one is made")
-    parser.add_argument("--pictures", type=_positive, default=6000, help="how many are made (default %(default)s)")
+    parser.add_argument("--pictures", type=count, default=6000, help="how many are made (default %(default)s)")
     parser.add_argument(
         "--repeat",
-        type=_positive,
+        type=count,
         default=4,
         help="each is stored so often under other names: data that no loader holds in memory is made sooner "
         "(default %(default)s)",
     )
-    parser.add_argument("--size", type=_positive, default=256, help="their side in pixels (default %(default)s)")
+    parser.add_argument("--size", type=count, default=256, help="their side in pixels (default %(default)s)")
     parser.add_argument(
         "--row-group-rows",
-        type=_positive,
+        type=count,
         default=256,
         help="pictures in a row group of this loader's shards, which holds 72 of them for batches of 32 "
         "(default %(default)s)",
     )
-    parser.add_argument("--batch", type=_positive, default=32, help="pictures in a batch (default %(default)s)")
+    parser.add_argument("--batch", type=count, default=32, help="pictures in a batch (default %(default)s)")
+    parser.add_argument("--threads", type=counts, default=[1, 2], help="of this loader; the best counts (default 1,2)")
     parser.add_argument(
-        "--threads", type=_positives, default=[1, 2], help="of this loader; the best counts (default 1,2)"
+        "--workers", type=wholes, default=[0, 1, 2], help="processes of the peers; the best counts (default 0,1,2)"
     )
-    parser.add_argument(
-        "--workers", type=_naturals, default=[0, 1, 2], help="processes of the peers; the best counts (default 0,1,2)"
-    )
-    parser.add_argument("--epochs", type=_positive, default=1, help="measure at least so many (default %(default)s)")
+    parser.add_argument("--epochs", type=count, default=1, help="measure at least so many (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=3.0, help="and at least so long (default %(default)s)")
     parser.add_argument("--longest", type=float, default=12.0, help="but not longer (default %(default)s)")
-    parser.add_argument("--rounds", type=_positive, default=3, help="repetitions of everything (default %(default)s)")
+    parser.add_argument("--rounds", type=count, default=3, help="repetitions of everything (default %(default)s)")
     parser.add_argument(
-        "--decoders", type=_decoders, default=list(DECODERS), help="of dali, turbo and pillow; default all"
+        "--decoders",
+        type=functools.partial(words, known=DECODERS),
+        default=list(DECODERS),
+        help="of dali, turbo and pillow; default all",
     )
     parser.add_argument(
         "--s3",
@@ -282,8 +283,7 @@ def conclude(runs: Sequence[Run], settings: dict[str, Any], args: argparse.Names
         print(f"- {line}")
     versions = {name: version for row in rows for name, version in row.versions.items()}
     print("- " + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())))
-    if machine["load"] > BUSY_LOAD:
-        print(f"- the machine was busy with something else (load {machine['load']:.1f}): rates are too low")
+    print(report.busy(machine), end="")
     if args.json:
         content = settings | {"rounds": args.rounds} | report.as_json(runs, rows, missing)
         Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
@@ -304,32 +304,3 @@ def _check(args: argparse.Namespace) -> None:
     for path in (args.json, args.plot):
         if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             raise BenchmarkError(f"{path}: its folder does not exist; make it first")
-
-
-def _positive(text: str) -> int:
-    return _numbers(text, 1)[0]
-
-
-def _positives(text: str) -> list[int]:
-    return _numbers(text, 1)
-
-
-def _naturals(text: str) -> list[int]:
-    return _numbers(text, 0)
-
-
-def _numbers(text: str, least: int) -> list[int]:
-    try:
-        numbers = [int(word) for word in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < least:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers from {least} on")
-    return numbers
-
-
-def _decoders(text: str) -> list[str]:
-    names = text.split(",")
-    if unknown := [name for name in names if name not in DECODERS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: expected {', '.join(DECODERS)}, several with commas")
-    return names

@@ -6,6 +6,8 @@ import time
 
 import torch
 
+from pipeline.benchmark.clock import finish
+
 STRETCHES = 5
 SIZE = (16384, 512)
 """Pixels and width: four pictures of 64 x 64, or a quarter of one of 256 x 256, in the paper's width."""
@@ -29,19 +31,14 @@ def measured_rate(
     out = torch.empty(pixels, width, device=device, dtype=dtype)
 
     def stretch(products: int) -> float:
-        _wait(device)
+        finish(device)
         began = time.perf_counter()
         for _ in range(products):
             torch.mm(left, right, out=out)
-        _wait(device)
+        finish(device)
         return time.perf_counter() - began
 
     stretch(3)  # libraries choose and unpack their kernels in the first
     products = max(1, math.ceil(seconds / STRETCHES / max(stretch(3) / 3, 1e-7)))
     took = statistics.median(stretch(products) for _ in range(STRETCHES))
     return 2.0 * pixels * width * width * products / took
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

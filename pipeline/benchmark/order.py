@@ -7,6 +7,7 @@ python -m jobs.benchmark order --samples 5000000 --picture-bytes 120000 --bandwi
 """
 
 import argparse
+import functools
 import importlib.util
 import itertools
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from pipeline.benchmark.arguments import amount, count, counts, whole
 from pipeline.benchmark.shuffle import NEAR, Quality, ratios
 from pipeline.benchmark.simulate import FOOTERS_BYTES, FOOTERS_LIMIT, Cluster, Report, Shape, imagined, simulate
 from pipeline.benchmark.study import LIMIT, ROWS, WORKERS, Point, Setting, point, setting, spreads
@@ -39,21 +41,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--quality", action="store_true", help="only the quality of the shuffle; the default is both parts")
     add("--manifest", metavar="URI", help="simulate this data set (its folder or its manifest.json)")
-    add("--samples", type=_count, help="simulate an imagined data set of so many pictures")
-    add("--picture-bytes", type=_count, default=PICTURE_BYTES, help="mean size of an imagined picture (%(default)s)")
-    add("--workers", type=_counts, default=[1, 8, 64, 512], help="numbers of workers to simulate (1,8,64,512)")
-    add("--batch-size", type=_count, default=32, help="pictures of the global batch, grown where needed (%(default)s)")
-    add("--latency-ms", type=_amount, default=30.0, help="from a request to its first byte (%(default)s)")
-    add("--bandwidth-mb", type=_amount, default=100.0, help="MB per second that one worker receives (%(default)s)")
-    add("--images-per-second", type=_amount, default=200.0, help="trained on by one worker (%(default)s)")
-    add("--spread", type=_count, default=data.shuffle_row_groups, help="data.shuffle_row_groups (%(default)s)")
-    add("--read-ahead", type=_whole, default=data.read_ahead, help="data.read_ahead (%(default)s)")
-    add("--threads", type=_count, default=data.threads, help="data.threads (%(default)s)")
-    add("--exact-samples", type=_whole, default=4_000_000, help="walk epochs up to this size whole (%(default)s)")
-    add("--groups", type=_counts, default=[100, 300, 1000], help=f"row groups of {ROWS} for quality (100,300,1000)")
-    add("--quality-batches", type=_counts, default=[32, 64], help="batch sizes for quality (32,64)")
-    add("--epochs", type=_epochs, help="epochs to measure quality over (default: about 2 million samples)")
-    add("--seed", type=_whole, default=0, help="of all orders and permutations (%(default)s)")
+    add("--samples", type=count, help="simulate an imagined data set of so many pictures")
+    add("--picture-bytes", type=count, default=PICTURE_BYTES, help="mean size of an imagined picture (%(default)s)")
+    add("--workers", type=counts, default=[1, 8, 64, 512], help="numbers of workers to simulate (1,8,64,512)")
+    add("--batch-size", type=count, default=32, help="pictures of the global batch, grown where needed (%(default)s)")
+    add("--latency-ms", type=amount, default=30.0, help="from a request to its first byte (%(default)s)")
+    add("--bandwidth-mb", type=amount, default=100.0, help="MB per second that one worker receives (%(default)s)")
+    add("--images-per-second", type=amount, default=200.0, help="trained on by one worker (%(default)s)")
+    add("--spread", type=count, default=data.shuffle_row_groups, help="data.shuffle_row_groups (%(default)s)")
+    add("--read-ahead", type=whole, default=data.read_ahead, help="data.read_ahead (%(default)s)")
+    add("--threads", type=count, default=data.threads, help="data.threads (%(default)s)")
+    add("--exact-samples", type=whole, default=4_000_000, help="walk epochs up to this size whole (%(default)s)")
+    add("--groups", type=counts, default=[100, 300, 1000], help=f"row groups of {ROWS} for quality (100,300,1000)")
+    add("--quality-batches", type=counts, default=[32, 64], help="batch sizes for quality (32,64)")
+    add(
+        "--epochs",
+        type=functools.partial(whole, least=2),
+        help="epochs to measure quality over (default: about 2 million samples)",
+    )
+    add("--seed", type=whole, default=0, help="of all orders and permutations (%(default)s)")
     add("--plot", type=Path, metavar="FILE.png", help="draw the quality of the shuffle")
 
 
@@ -301,35 +307,3 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = ("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows))
     return "\n".join(f"  {line}" for line in lines)
-
-
-def _whole(text: str, least: int = 0) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from {least} up")
-    return value
-
-
-def _count(text: str) -> int:
-    return _whole(text, 1)
-
-
-def _epochs(text: str) -> int:
-    return _whole(text, 2)
-
-
-def _counts(text: str) -> list[int]:
-    return [_count(part) for part in text.split(",")]
-
-
-def _amount(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0")
-    return value

@@ -8,10 +8,10 @@ Nothing is run. What shapes do not say is assumed, and every assumption is print
 """
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.benchmark.arguments import amount, counts, share
 from pipeline.benchmark.plan_cards import CARDS
 from pipeline.benchmark.plan_cluster import checkpoint_of, row
 from pipeline.benchmark.plan_text import as_json, text
@@ -35,16 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = ", ".join(CARDS)
     add("--config", metavar="PRESET_OR_FILE", required=True, help="the training: a preset or a YAML file")
     add("--gpu", type=_card, default="h200", metavar="CARD", help=f"one of {known} (default h200)")
-    add("--gpus", type=_counts, metavar="N[,N]", help="numbers to show memory and checkpoints for (cluster.workers)")
-    add("--rate", type=_amount, metavar="IMG_PER_S", help="measured on one GPU, instead of FLOPs and shares")
-    add("--share", type=_share, default=GENERATOR_SHARE, help="of the matrix rate that G reaches (%(default)s)")
-    add("--share-discriminator", type=_share, default=DISCRIMINATOR_SHARE, help="that D reaches (%(default)s)")
-    add("--share-r1", type=_share, default=R1_SHARE, help="of the fp32 matrix rate that R1 reaches (%(default)s)")
-    add("--matmul-tflops", type=_amount, help="measured rate of matrix products, instead of the data sheet's")
-    add("--price", type=_amount, metavar="USD", help="of one GPU for one hour")
-    add("--network-gbps", type=_amount, help="Gbit/s between machines, of one machine")
-    add("--storage-gbps", type=_amount, default=STORAGE_GBPS, help="Gbit/s from and to storage, of one machine (10)")
-    add("--picture-kb", type=_amount, help="mean size of a stored picture (data.uri's, else by ingest.format)")
+    add("--gpus", type=counts, metavar="N[,N]", help="numbers to show memory and checkpoints for (cluster.workers)")
+    add("--rate", type=amount, metavar="IMG_PER_S", help="measured on one GPU, instead of FLOPs and shares")
+    add("--share", type=share, default=GENERATOR_SHARE, help="of the matrix rate that G reaches (%(default)s)")
+    add("--share-discriminator", type=share, default=DISCRIMINATOR_SHARE, help="that D reaches (%(default)s)")
+    add("--share-r1", type=share, default=R1_SHARE, help="of the fp32 matrix rate that R1 reaches (%(default)s)")
+    add("--matmul-tflops", type=amount, help="measured rate of matrix products, instead of the data sheet's")
+    add("--price", type=amount, metavar="USD", help="of one GPU for one hour")
+    add("--network-gbps", type=amount, help="Gbit/s between machines, of one machine")
+    add("--storage-gbps", type=amount, default=STORAGE_GBPS, help="Gbit/s from and to storage, of one machine (10)")
+    add("--picture-kb", type=amount, help="mean size of a stored picture (data.uri's, else by ingest.format)")
     add("--json", type=Path, metavar="FILE", help="write everything that was computed")
     add("overrides", nargs="*", metavar="key=value", help="replaces one setting of the config")
 
@@ -132,25 +132,3 @@ def _card(name: str) -> str:
     if name not in CARDS:
         raise argparse.ArgumentTypeError(f"{name!r}: expected one of {', '.join(CARDS)}")
     return name
-
-
-def _counts(text: str) -> list[int]:
-    return [int(_number(part, int, 1, 1_000_000, "a whole number from 1 on")) for part in text.split(",")]
-
-
-def _amount(text: str) -> float:
-    return _number(text, float, 1e-12, 1e12, "a number above 0")
-
-
-def _share(text: str) -> float:
-    return _number(text, float, 1e-6, 1.0, "a share above 0 and at most 1, such as 0.55")
-
-
-def _number(text: str, kind: Callable[[str], float], least: float, most: float, expected: str) -> float:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = least - 1
-    if not least <= value <= most:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
-    return value

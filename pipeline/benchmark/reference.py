@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.models.build import ModelConfig
+from pipeline.models.build import ModelConfig, build_generator
 from pipeline.models.cips import Generator, Group
 from pipeline.models.encoding import coordinate_noise
 from pipeline.models.layers import GAIN, SLOPE, ModulatedLinear, ToRGB
@@ -40,17 +40,9 @@ class ReferenceGenerator(Generator):
         return rgb_B3HW.flatten(2).transpose(1, 2)
 
 
-def reference_generator(model: ModelConfig) -> ReferenceGenerator:
-    """A fresh one, as `build_generator` makes the fast one."""
-    return ReferenceGenerator(
-        size=model.size,
-        width=model.width,
-        widths=model.group_widths,
-        latent=model.latent,
-        mapping_layers=model.mapping_layers,
-        noise=model.noise,
-        max_pixels_in_flight=model.max_pixels_in_flight,
-    )
+def reference_generator(model: ModelConfig) -> Generator:
+    """A fresh one."""
+    return build_generator(model, ReferenceGenerator)
 
 
 def styled(layer: ModulatedLinear, x_BCHW: Tensor, w_BZ: Tensor, noise_B1HW: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from pipeline.benchmark.contenders import BARE, OWN, PEERS, Contender, Run
 from pipeline.benchmark.peers._measure import Outcome
 
 PLACES = {"memory": "From memory", "local": "From local disk", "s3": "From S3"}
+BUSY_LOAD = 0.5
+"""Load average from which the machine is said to be busy with something else."""
 FULL_READ = 0.9
 """Part of a picture's bytes below which a loader is taken to have read from its own memory."""
 
@@ -227,6 +229,13 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "load": os.getloadavg()[0],
     }
+
+
+def busy(about: Mapping[str, Any]) -> str:
+    """A line of warning where `machine()` found other work on the machine, else nothing."""
+    if about["load"] <= BUSY_LOAD:
+        return ""
+    return f"- the machine was busy with something else (load {about['load']:.1f}): it is faster than these figures\n"
 
 
 def _cpu() -> str:

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from pipeline.benchmark.arguments import count, counts
 from pipeline.benchmark.pace import Pace, Stretch, measure_pace
-from pipeline.benchmark.report import aligned, machine
-from pipeline.benchmark.step import BUSY_LOAD, add_config, check_folder, count, device_name
+from pipeline.benchmark.report import aligned, busy, machine
+from pipeline.benchmark.step import add_config, check_folder, device_name
 from pipeline.benchmark.team import cores_for, pin, run_team
 from pipeline.benchmark.updates import Case
 from pipeline.config import Config, ConfigError, load_config
@@ -88,8 +89,7 @@ def run(args: argparse.Namespace) -> None:
         print(line)
     if max(args.workers) * args.threads_per_worker > cores and not torch.cuda.is_available():
         print(f"{max(args.workers)} workers have {cores} cores between them: they wait for each other's")
-    if about["load"] > BUSY_LOAD:
-        print(f"the machine was busy with something else (load {about['load']:.1f}): rates are too low")
+    print(busy(about), end="")
     if args.json:
         content = {
             "machine": about | {"device": device_name(), "threads_per_worker": args.threads_per_worker},
@@ -206,8 +206,3 @@ def check_gpus(workers: int) -> None:
     there = torch.cuda.device_count()
     if there and workers > there:
         raise ConfigError(f"--workers names {workers}, and there are {there} GPUs: one for each is needed")
-
-
-def counts(text: str) -> list[int]:
-    """Numbers with commas, for argparse."""
-    return [count(part) for part in text.split(",")]

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from pipeline.benchmark.arguments import count
 from pipeline.benchmark.flops import update_flops
-from pipeline.benchmark.report import aligned, machine
+from pipeline.benchmark.report import aligned, busy, machine
 from pipeline.benchmark.team import run_team
 from pipeline.benchmark.updates import DATA_WAIT, OTHER, Case, Measured, measure_updates
 from pipeline.config import Config, ConfigError, absolute, load_config, preset_names
@@ -26,8 +27,6 @@ from pipeline.data.stream import DataConfig
 from pipeline.storage import MissingError
 from pipeline.training import phases as phase
 
-BUSY_LOAD = 0.5
-"""Load average from which the machine is said to be busy with something else."""
 NAMES = {"fast": "", "reference": "reference "}
 MB, GIGA = 1e6, 1e9
 
@@ -82,8 +81,7 @@ def run(args: argparse.Namespace) -> None:
     )
     for line in conclusions(config, results, flops, data is not None):
         print(line)
-    if about["load"] > BUSY_LOAD:
-        print(f"the machine was busy with something else (load {about['load']:.1f}): rates are too low")
+    print(busy(about), end="")
     if args.json:
         content = {
             "machine": about | {"device": device_name(), "threads": threads},
@@ -208,10 +206,3 @@ def check_folder(path: Path | None) -> None:
     """Before minutes of work, not after them."""
     if path is not None and not path.absolute().parent.is_dir():
         raise ConfigError(f"{path}: there is no folder {path.absolute().parent}; make it, or name another")
-
-
-def count(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 on")
-    return int(text)

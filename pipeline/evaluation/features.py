@@ -11,8 +11,7 @@ import io
 import os
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline.evaluation.protocol import NATIVE_SIZE, RESIZE, EvaluateConfig
+from pipeline.ops.precision import full_fp32
 from pipeline.storage import StorageConfig, StorageError, read_bytes
 
 # B batch, H height, W width, C channels, D feature dimension
@@ -61,20 +61,9 @@ class FeatureNetwork:
                 f"uint8 pictures (B, H, W, 3) expected, got {images_BHWC.dtype} {tuple(images_BHWC.shape)}"
             )
         chunk = CPU_CHUNK if self.device.type == "cpu" else len(images_BHWC)
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False), _true_fp32():
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False), full_fp32():
             parts = images_BHWC.to(self.device).permute(0, 3, 1, 2).split(max(1, chunk))
             return torch.cat([self._extract(part_BCHW).float() for part_BCHW in parts])
-
-
-@contextmanager
-def _true_fp32() -> Iterator[None]:
-    """Convolutions in fp32 on a GPU too, where the default is TF32 with 10 bits of mantissa."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def load_features(config: EvaluateConfig, storage: StorageConfig, device: torch.device) -> FeatureNetwork:

@@ -76,9 +76,9 @@ class ModelConfig(Section):
         return [self.width] * self.groups if self.widths is None else list(self.widths)
 
 
-def build_generator(config: ModelConfig) -> Generator:
-    """A fresh generator, from torch's global random state and on its default device."""
-    return Generator(
+def build_generator(config: ModelConfig, kind: type[Generator] = Generator) -> Generator:
+    """A fresh generator, from torch's global random state and on its default device. kind: another form of it."""
+    return kind(
         size=config.size,
         width=config.width,
         widths=config.group_widths,

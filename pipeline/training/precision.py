@@ -1,8 +1,5 @@
 """The precision of matrix products: what the processor can, what all workers can, and a sentence that says so."""
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 
 from pipeline.training.world import World
@@ -44,15 +41,3 @@ def precision_sentence(setting: str, device: torch.device, agreed: torch.dtype) 
     else:
         reason = native_bf16(device) or f"the {'GPU' if device.type == 'cuda' else 'processor'} has no bf16"
     return f"matrix products in {'bf16' if agreed == torch.bfloat16 else 'fp32'}: {reason}"
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """Convolutions in full fp32 on CUDA as well: R1's second derivatives want it."""
-    # Not `cudnn.flags`, whose defaults would switch cuDNN off.
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from pipeline.coordinates import full_grid, patch_grid, sample_pixels
 from pipeline.models.build import ModelConfig
 from pipeline.models.discriminator import images_from_pixels
+from pipeline.ops.precision import full_fp32
 from pipeline.pictures import to_float
 from pipeline.randomness import Purpose, corners, latents, noise_keys, stride
 from pipeline.training import phases as phase
 from pipeline.training.distribute import distribute, synchronise
 from pipeline.training.losses import discriminator_loss, generator_loss, r1_penalty
-from pipeline.training.precision import agreed_precision, full_precision, precision_sentence
+from pipeline.training.precision import agreed_precision, precision_sentence
 from pipeline.training.settings import TrainConfig
 from pipeline.training.state import TrainState, average_decay
 from pipeline.training.world import World, parts_of, share_of
@@ -120,7 +121,7 @@ class Updates:
             return penalty_B
 
         weight = self.train.r1_gamma / 2 * self.train.r1_interval
-        with full_precision():
+        with full_fp32():
             self._descend(self.discriminator, self.state.optimizer_discriminator, loss_of, weight, phase.D_R1)
         self._count("loss/r1")
 
