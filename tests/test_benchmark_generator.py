@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,17 +8,20 @@ import torch
 from jobs.benchmark import main
 from pipeline.benchmark.generator import Form, Shape, training_memory, work
 from pipeline.benchmark.reference import reference_generator
+from pipeline.benchmark.shared import shared_generator
 from pipeline.coordinates import full_grid
 from pipeline.models.build import ModelConfig, build_generator
+from pipeline.models.cips import Generator
 
 CONFIG = ModelConfig(size=16, width=24, widths=[24, 20, 16], latent=32, mapping_layers=2)
 CPU = torch.device("cpu")
 
 
+@pytest.mark.parametrize("build", [reference_generator, shared_generator])
 @pytest.mark.parametrize("points", [256, 50])
-def test_the_reference_is_the_same_function(points: int) -> None:
+def test_the_other_forms_are_the_same_function(build: Callable[[ModelConfig], Generator], points: int) -> None:
     torch.manual_seed(0)
-    fast, reference = build_generator(CONFIG).double(), reference_generator(CONFIG).double()
+    fast, reference = build_generator(CONFIG).double(), build(CONFIG).double()
     for name, parameter in fast.named_parameters():
         if name.endswith(("noise_strength", "bias")):
             torch.nn.init.normal_(parameter)  # they begin at zero
@@ -45,7 +49,8 @@ def test_operations_are_counted_as_torch_counts_them() -> None:
 
 @pytest.mark.parametrize("layer", [False, True])
 @pytest.mark.parametrize(
-    "form", [Form("fast", "bf16", "segment"), Form("fast", "fp32", "none"), Form("reference", "fp32")]
+    "form",
+    [Form("fast", "bf16", "segment"), Form("fast", "fp32", "none"), Form("shared", "bf16"), Form("reference", "fp32")],
 )
 def test_each_form_computes_forward_and_backward(layer: bool, form: Form) -> None:
     call = work(Shape(8, 16, 2, layer), form, CPU)
@@ -70,7 +75,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pyte
     assert len(content["rows"]) == 3 and content["rates"]["fp32"] > 1e8
 
 
-@pytest.mark.parametrize("words", ["--size 12", "--width 0", "--precisions fp8", "--recompute all"])
+@pytest.mark.parametrize("words", ["--size 12", "--width 0", "--precisions fp8", "--recompute all", "--forms slow"])
 def test_nonsense_is_refused(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["generator", *words.split()])

@@ -99,6 +99,18 @@ def test_to_rgb_has_no_demodulation_noise_or_activation() -> None:
         assert layer(x, w).dtype == torch.float32
 
 
+def test_a_layer_with_rgb_is_the_layer_and_its_rgb() -> None:
+    torch.manual_seed(0)
+    layer, to_rgb = ModulatedLinear(24, 20, 16), ToRGB(20, 16)
+    nn.init.normal_(to_rgb.bias)
+    x, w, noise = torch.randn(3, 70, 24), torch.randn(3, 16), torch.randn(3, 70)
+    y, colours = layer.with_rgb(x, w, noise, to_rgb)
+    assert torch.equal(y, layer(x, w, noise))
+    torch.testing.assert_close(colours, to_rgb(y, w))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [result.dtype for result in layer.with_rgb(x, w, noise, to_rgb)] == [torch.bfloat16, torch.float32]
+
+
 @pytest.mark.parametrize(
     ("layer", "parameters"),
     [

@@ -38,29 +38,42 @@ def test_blocks_cover_every_pixel_once(batch: int, points: int, channels: int, m
     assert torch.equal(seen, torch.ones_like(seen))
 
 
+@pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("batch", "points"), [(1, 1), (5, 70), (3, 1000)])
 def test_many_blocks_equal_the_plain_form(
-    shared: bool, batch: int, points: int, monkeypatch: pytest.MonkeyPatch
+    head: bool, shared: bool, batch: int, points: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused_linear, "BLOCK_BYTES", 128 * 8 * 8)  # 128 pixels at once
     arguments = inputs(batch, points, shared)
     x, weight, bias, noise = (argument.detach() for argument in arguments)
-    y_BPO = product(x, weight, bias, noise, 0.2)
-    expected = plain(arguments, 0.2)
-    torch.testing.assert_close(y_BPO, expected, rtol=1e-12, atol=1e-12)
-    gradient = torch.randn_like(y_BPO)
-    found = product_backward(gradient, x, y_BPO, weight, 0.2, (True, True, True, True))
-    for one, other in zip(found, torch.autograd.grad(expected, arguments, gradient), strict=True):
-        assert one is not None
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    head_BOR = torch.randn(batch, 8, 3, dtype=torch.float64, requires_grad=True) if head else None
+    rounded_BOR = None if head_BOR is None else head_BOR.detach()
+    y_BPO, result_BPR = product(x, weight, bias, noise, 0.2, rounded_BOR)
+    expected = [plain(arguments, 0.2)]
+    torch.testing.assert_close(y_BPO, expected[0], rtol=1e-12, atol=1e-12)
+    if head_BOR is not None:
+        arguments.append(head_BOR)
+        expected.append(expected[0] @ head_BOR)
+        torch.testing.assert_close(result_BPR, expected[1], rtol=1e-12, atol=1e-12)
+    needs = (True,) * 5
+    for used in ([0], [0, 1], [1]) if head else ([0],):  # y, both, the head alone
+        gradients = [torch.randn_like(result) if number in used else None for number, result in enumerate(expected)]
+        pair = (gradients[0], gradients[1] if head else None)
+        found = product_backward(pair, x, y_BPO, weight, rounded_BOR, 0.2, needs)
+        outputs, given = ([values[number] for number in used] for values in (expected, gradients))
+        exact = torch.autograd.grad(outputs, arguments, given, retain_graph=True, allow_unused=True)
+        for one, other in zip(found, exact, strict=False):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 def test_the_product_of_a_pixel_does_not_depend_on_its_block() -> None:
     x, weight, bias, noise = (argument.detach().float() for argument in inputs(2, 9000, shared=False))
     order = torch.randperm(9000)
-    whole = product(x, weight, bias, noise, 0.2)
-    assert torch.equal(product(x[:, order], weight, bias, noise[:, order], 0.2), whole[:, order])
+    head = torch.randn(2, 8, 3)
+    whole = product(x, weight, bias, noise, 0.2, head)
+    for one, other in zip(product(x[:, order], weight, bias, noise[:, order], 0.2, head), whole, strict=True):
+        assert one is not None and other is not None and torch.equal(one, other[:, order])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

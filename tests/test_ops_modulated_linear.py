@@ -5,7 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.ops.modulated_linear import modulated_linear, modulated_linear_reference
+from pipeline.ops.modulated_linear import (
+    modulated_linear,
+    modulated_linear_reference,
+    modulated_linear_with_head,
+)
 
 B, P, I, O = 3, 70, 24, 20  # noqa: E741
 CASES = [(shared, demodulate) for shared in (False, True) for demodulate in (False, True)]
@@ -58,6 +62,60 @@ def test_twice_differentiable(shared: bool, slope: float) -> None:
     arguments[1], arguments[4] = arguments[1][:4], inputs(torch.float64, shared, points=5)[4].detach()
     arguments = [argument.clone().requires_grad_(True) for argument in arguments]
     assert torch.autograd.gradgradcheck(functools.partial(modulated_linear, slope=slope), tuple(arguments))
+
+
+def with_head(dtype: torch.dtype, shared: bool) -> list[Tensor]:
+    return [*inputs(dtype, shared), torch.randn(B, O, 3, dtype=dtype, requires_grad=True)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("used", [[0], [1], [0, 1]])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_head_is_one_more_product_forward_and_backward(
+    dtype: torch.dtype, tolerance: float, used: list[int], shared: bool
+) -> None:
+    """Also where only one of the two results is used, as the last layer's head."""
+    arguments = with_head(dtype, shared)
+    fast = modulated_linear_with_head(*arguments[:5], arguments[5], gain=1.3, slope=0.2)
+    y_BPO = modulated_linear_reference(*arguments[:5], gain=1.3, slope=0.2)
+    reference = [y_BPO, y_BPO @ arguments[5]]
+    weights = [torch.randn_like(reference[number]) for number in used]
+    for number in used:
+        assert relative(fast[number], reference[number]) < tolerance
+    found, exact = (
+        torch.autograd.grad([results[number] for number in used], arguments, weights, allow_unused=True)
+        for results in (fast, reference)
+    )
+    assert (found[5] is None) == (used == [0])
+    for one, other in zip(found, exact, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or relative(one, other) < tolerance
+
+
+@pytest.mark.parametrize("used", [[0], [1], [0, 1]])
+def test_a_head_is_twice_differentiable(used: list[int]) -> None:
+    arguments = [argument.detach()[..., :4] for argument in inputs(torch.float64, False, points=5)]
+    arguments[1], arguments[4] = arguments[1][:4], torch.randn(B, 5, dtype=torch.float64)
+    arguments = [argument.clone().requires_grad_(True) for argument in arguments]
+    head_BOR = torch.randn(B, 4, 3, dtype=torch.float64, requires_grad=True)
+
+    def results(*tensors: Tensor) -> tuple[Tensor, ...]:
+        both = modulated_linear_with_head(*tensors[:5], tensors[5], slope=0.2)
+        return tuple(both[number] for number in used)
+
+    assert torch.autograd.gradgradcheck(results, (*arguments, head_BOR))
+
+
+def test_under_autocast_a_heads_gradients_are_float32_and_near() -> None:
+    arguments = with_head(torch.float32, shared=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, result_BPR = modulated_linear_with_head(*arguments[:5], arguments[5])
+    assert result_BPR.dtype == torch.bfloat16
+    weight = torch.randn(result_BPR.shape)
+    gradients = torch.autograd.grad(result_BPR, arguments, weight.to(torch.bfloat16))
+    y_BPO = modulated_linear_reference(*arguments[:5])
+    for a, b in zip(gradients, torch.autograd.grad(y_BPO @ arguments[5], arguments, weight), strict=True):
+        assert a.dtype == torch.float32 and relative(a, b) < 0.03
 
 
 def test_demodulation_gives_unit_variance() -> None:

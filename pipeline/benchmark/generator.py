@@ -1,4 +1,4 @@
-"""The generator alone, or one of its layers: the fast form against the form that published code has.
+"""The generator alone, or one of its layers: the fast form against others, such as the one that published code has.
 
     python -m jobs.benchmark generator                                  # mapping to RGB, 64x64, width 512
     python -m jobs.benchmark generator --layer --precisions bf16
@@ -29,12 +29,20 @@ from pipeline.benchmark.matmul import measured_rate
 from pipeline.benchmark.memory import current_bytes, peak_bytes, reset_peak
 from pipeline.benchmark.reference import reference_generator, styled
 from pipeline.benchmark.report import aligned, machine
+from pipeline.benchmark.shared import scaled, shared_generator
 from pipeline.coordinates import full_grid
 from pipeline.models.build import ModelConfig, build_generator
-from pipeline.models.cips import Recompute
+from pipeline.models.cips import Generator, Recompute
 from pipeline.models.layers import ModulatedLinear
 
 Precision = Literal["bf16", "fp32", "tf32"]
+FormName = Literal["fast", "shared", "reference"]
+"""The pipeline's own; one product shared by all pictures; as published."""
+BUILDERS: dict[FormName, Callable[[ModelConfig], Generator]] = {
+    "fast": build_generator,
+    "shared": shared_generator,
+    "reference": reference_generator,
+}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
 LATENT = 512
 
@@ -43,7 +51,7 @@ LATENT = 512
 class Form:
     """One way to compute the same."""
 
-    name: Literal["fast", "reference"]
+    name: FormName
     precision: Precision
     recompute: Recompute = "layer"
 
@@ -105,7 +113,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["layer"],
         help="of none, layer and segment (default layer)",
     )
-    add("--no-reference", action="store_true", help="leave out the published form, with which all are compared")
+    add(
+        "--forms",
+        type=functools.partial(words, known=get_args(FormName)),
+        default=["fast", "reference"],
+        help="of fast, shared (one product for all pictures between two scalings) and reference, the published form, "
+        "with which all are compared (default fast,reference)",
+    )
     add("--memory", action="store_true", help="measure peak memory as well, each form in a process of its own")
     add("--rounds", type=count, default=5, help="repetitions of everything (default %(default)s)")
     add("--threads", type=count, help="of the processor (default: torch's own choice)")
@@ -120,8 +134,12 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     shape = Shape(args.size, args.width, args.batch, args.layer)
     precisions: list[Precision] = args.precisions or ["bf16", "fp32"]
-    forms = [Form("fast", precision, recompute) for precision in precisions for recompute in args.recompute]
-    if not args.no_reference:
+    forms = []
+    if "fast" in args.forms:
+        forms += [Form("fast", precision, recompute) for precision in precisions for recompute in args.recompute]
+    if "shared" in args.forms:
+        forms += [Form("shared", precision) for precision in precisions]
+    if "reference" in args.forms:
         forms.append(Form("reference", "tf32" if device.type == "cuda" else "fp32"))
     rows, rates = measure(shape, forms, args.rounds, device)
     if args.memory:
@@ -180,7 +198,7 @@ def work(shape: Shape, form: Form, device: torch.device) -> Callable[[bool], Non
 
 def _generator_work(shape: Shape, form: Form, device: torch.device) -> Callable[[bool], None]:
     config = ModelConfig(size=shape.size, width=shape.width, latent=LATENT)
-    model = (reference_generator if form.name == "reference" else build_generator)(config).to(device)
+    model = BUILDERS[form.name](config).to(device)
     model.recompute = form.recompute
     z_BZ = torch.randn(shape.batch, LATENT, device=device)
     keys_B2 = torch.arange(2 * shape.batch, device=device).view(shape.batch, 2)
@@ -202,6 +220,8 @@ def _layer_work(shape: Shape, form: Form, device: torch.device) -> Callable[[boo
             layer, lambda: styled(layer, x_BCHW, w_BZ, noise_B1HW), torch.randn_like(x_BCHW), form
         )
     x_BPC.requires_grad_(True)
+    if form.name == "shared":
+        return _forward_and_backward(layer, lambda: scaled(layer, x_BPC, w_BZ, noise_BP), torch.randn_like(x_BPC), form)
     keep = form.recompute == "none"
     return _forward_and_backward(
         layer, lambda: layer(x_BPC, w_BZ, noise_BP, keep_weights=keep), torch.randn_like(x_BPC), form

@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.benchmark import environment, report
-from pipeline.benchmark.arguments import count, counts, wholes, words
+from pipeline.benchmark.arguments import count, counts, whole, wholes, words
 from pipeline.benchmark.contenders import (
     PEERS,
     Contender,
@@ -80,6 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=wholes, default=[0, 1, 2], help="processes of the peers; the best counts (default 0,1,2)"
     )
     parser.add_argument("--epochs", type=count, default=1, help="measure at least so many (default %(default)s)")
+    parser.add_argument(
+        "--warm-epochs",
+        type=whole,
+        default=0,
+        help="before anything is measured, but not longer than --longest: memory has been touched once by then, and "
+        "hashes are checked (default %(default)s: 20 batches)",
+    )
     parser.add_argument("--seconds", type=float, default=3.0, help="and at least so long (default %(default)s)")
     parser.add_argument("--longest", type=float, default=12.0, help="but not longer (default %(default)s)")
     parser.add_argument("--rounds", type=count, default=3, help="repetitions of everything (default %(default)s)")
@@ -131,7 +138,8 @@ def run(args: argparse.Namespace) -> None:
             shards = args.data
         manifest = read_manifest(shards, StorageConfig())
         epoch = args.epochs * manifest.samples
-        work = Work(manifest.height, args.batch, epoch, args.seconds, min(epoch, 20 * args.batch), args.longest)
+        warmup = max(min(epoch, 20 * args.batch), args.warm_epochs * manifest.samples)
+        work = Work(manifest.height, args.batch, epoch, args.seconds, warmup, args.longest)
         places = list(_places(args, folder, stack))
         contenders = [bare(shards, decoder, work) for decoder in args.decoders]
         for place in places:

@@ -124,13 +124,9 @@ def _reverse_rows(bgr_HWC: np.ndarray, rgb_HWC: np.ndarray) -> None:
     """Mirrors: a row's bytes in reverse are its pixels in reverse and RGB for BGR; eight at once where they fit."""
     height, row = bgr_HWC.shape[0], 3 * bgr_HWC.shape[1]
     read, write = ("<u8", ">u8") if row % 8 == 0 else ("u1", "u1")
-    bytes_in, bytes_out = (_as_rows(pixels, height, row) for pixels in (bgr_HWC, rgb_HWC))
+    # Views, also of a square cut from wider rows: pixels of one row lie side by side.
+    bytes_in, bytes_out = bgr_HWC.reshape(height, row), rgb_HWC.reshape(height, row)
     bytes_out.view(write)[:] = bytes_in.view(read)[:, ::-1]
-
-
-def _as_rows(pixels_HWC: np.ndarray, height: int, row: int) -> np.ndarray:
-    """The bytes of each row (height, row) of pixels that may be a square cut from wider rows, without a copy."""
-    return np.lib.stride_tricks.as_strided(pixels_HWC, (height, row), (pixels_HWC.strides[0], 1))
 
 
 def _still_to_turn(views: Views) -> Views:

@@ -164,5 +164,4 @@ class Group(nn.Module):
         self, x_BPC: Tensor, w_BZ: Tensor, noise_0: Tensor | None, noise_1: Tensor | None, keep_weights: bool = False
     ) -> tuple[Tensor, Tensor]:
         x_BPC = self.linear_0(x_BPC, w_BZ, noise_0, keep_weights=keep_weights)
-        x_BPC = self.linear_1(x_BPC, w_BZ, noise_1, keep_weights=keep_weights)
-        return x_BPC, self.to_rgb(x_BPC, w_BZ)
+        return self.linear_1.with_rgb(x_BPC, w_BZ, noise_1, self.to_rgb, keep_weights=keep_weights)

@@ -1,18 +1,21 @@
 """The pixels' part of a modulated layer: a product for each picture, with noise, bias and LeakyReLU.
 
 On a CPU it works through blocks of pixels: what a product wrote is still in the cache when the activation reads it.
-On CUDA a kernel does all of it at once where Triton is installed; without, torch's own products and passes do.
-Shapes: B pictures, P pixels, I channels in, O channels out.
+On CUDA a Triton kernel does all of it at once; where that cannot run, the matrix library's product and one compiled
+pass do, or torch's own passes.
+A head is a second, small product of the result, such as the layer to RGB: its gradient is added to the next layer's
+block by block, and costs no pass and no tensor of the pixels' size.
+Shapes: B pictures, P pixels, I channels in, O channels out, R of the head.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.ops import fused_triton
+from pipeline.ops import fused_compiled, fused_triton
 
 BLOCK_BYTES = 4 << 20
 """Of a block's output: with its input it stays in the last cache of any processor, and calls are few."""
@@ -20,7 +23,7 @@ SMALLEST_BLOCK = 64  # pixels; with fewer rows matrix libraries switch kernels a
 
 
 class Gradients(NamedTuple):
-    """Of a layer's product; None where not asked for."""
+    """Of a layer's product and its head; None where not asked for."""
 
     x: Tensor | None
     weight_BIO: Tensor | None
@@ -28,19 +31,32 @@ class Gradients(NamedTuple):
     bias_O: Tensor | None
     noise_BP: Tensor | None
     """One row for each picture, also where all pictures shared the noise."""
+    head_BOR: Tensor | None
 
 
-def product(x: Tensor, weight_BIO: Tensor, bias_O: Tensor | None, noise_BP: Tensor | None, slope: float) -> Tensor:
-    """leaky_relu(x @ weight + bias + noise), (B, P, O) in the dtype of x.
+def product(
+    x: Tensor,
+    weight_BIO: Tensor,
+    bias_O: Tensor | None,
+    noise_BP: Tensor | None,
+    slope: float,
+    head_BOR: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """y = leaky_relu(x @ weight + bias + noise), (B, P, O) in the dtype of x, and y @ head, (B, P, R), if there is one.
 
-    x: (B, P, I), or (P, I) if all pictures share it. weight_BIO: modulated, in the dtype of x. noise_BP: (B or 1, P),
-    one number for all channels. slope: of LeakyReLU below zero; 1 for none.
+    x: (B, P, I), or (P, I) if all pictures share it. weight_BIO, head_BOR: modulated, in the dtype of x. noise_BP:
+    (B or 1, P), one number for all channels. slope: of LeakyReLU below zero; 1 for none.
     """
     if fused_triton.available(x):
-        return fused_triton.product(x, weight_BIO, bias_O, noise_BP, slope)
+        y_BPO = fused_triton.product(x, weight_BIO, bias_O, noise_BP, slope)
+        return y_BPO, None if head_BOR is None else fused_triton.product(y_BPO, head_BOR, None, None, 1.0)
+    if fused_compiled.available(x):
+        y_BPO = fused_compiled.product(x, weight_BIO, bias_O, noise_BP, slope)
+        return y_BPO, None if head_BOR is None else torch.bmm(y_BPO, head_BOR)
     x_BPI = x.expand(weight_BIO.shape[0], *x.shape[-2:])
     batch, points, _ = x_BPI.shape
     y_BPO = x.new_empty(batch, points, weight_BIO.shape[2])
+    result_BPR = None if head_BOR is None else x.new_empty(batch, points, head_BOR.shape[2])
     left_BPK, right_KO = _addends(bias_O, noise_BP, y_BPO)
     for pictures, pixels in blocks(y_BPO):
         y, rows, weight = y_BPO[pictures, pixels], x_BPI[pictures, pixels], weight_BIO[pictures]
@@ -51,14 +67,26 @@ def product(x: Tensor, weight_BIO: Tensor, bias_O: Tensor | None, noise_BP: Tens
             torch.bmm(rows, weight, out=y)
         if slope != 1.0:
             F.leaky_relu_(y, slope)
-    return y_BPO
+        if head_BOR is not None and result_BPR is not None:
+            torch.bmm(y, head_BOR[pictures], out=result_BPR[pictures, pixels])
+    return y_BPO, result_BPR
 
 
 def product_backward(
-    gradient_BPO: Tensor, x: Tensor, y_BPO: Tensor, weight_BIO: Tensor, slope: float, needs: tuple[bool, ...]
+    gradients: tuple[Tensor | None, Tensor | None],
+    x: Tensor,
+    y_BPO: Tensor,
+    weight_BIO: Tensor,
+    head_BOR: Tensor | None,
+    slope: float,
+    needs: tuple[bool, ...],
 ) -> Gradients:
-    """The gradients of `product`, from its result y; needs: which of x, weight, bias and noise."""
-    need_x, need_weight, need_bias, need_noise = needs
+    """The gradients of `product`, from those of its two results (not both None) and from its result y.
+
+    needs: which of x, weight, bias, noise and head.
+    """
+    need_x, need_weight, need_bias, need_noise, need_head = needs
+    gradient_BPO, gradient_BPR = gradients
     exact = torch.promote_types(x.dtype, torch.float32)
     shared = x.ndim == 2
     x_BPI = x.expand(weight_BIO.shape[0], *x.shape[-2:])
@@ -68,25 +96,50 @@ def product_backward(
     grad_weight = torch.zeros_like(weight_BIO, dtype=exact) if need_weight else None
     grad_bias = x.new_zeros(weight_BIO.shape[2], dtype=exact) if need_bias else None
     grad_noise = x.new_empty(batch, points, dtype=exact) if need_noise else None
+    grad_head = None
+    if head_BOR is not None and gradient_BPR is not None and need_head:
+        grad_head = torch.zeros_like(head_BOR, dtype=exact)
     grad_product = torch.empty_like(y_BPO) if need_x and shared else None
-    of_activation = fused_triton.activation_backward if fused_triton.available(x) else activation_backward
+    of_activation = _activation_backward_on(x)
     for pictures, pixels in blocks(y_BPO):
-        gradient, bias, noise = of_activation(
-            gradient_BPO[pictures, pixels], y_BPO[pictures, pixels], slope, need_bias, need_noise
-        )
+        y, rows = y_BPO[pictures, pixels], x_BPI[pictures, pixels]
+        gradient = None if gradient_BPO is None else gradient_BPO[pictures, pixels]
+        if head_BOR is not None and gradient_BPR is not None:
+            of_head = gradient_BPR[pictures, pixels]
+            gradient = _with_head(gradient, of_head, head_BOR[pictures])
+            if grad_head is not None:
+                grad_head[pictures] += torch.bmm(y.transpose(1, 2), of_head)
+        assert gradient is not None
+        gradient, bias, noise = of_activation(gradient, y, slope, need_bias, need_noise)
         if grad_bias is not None and bias is not None:
             grad_bias += bias
         if grad_noise is not None and noise is not None:
             grad_noise[pictures, pixels] = noise
         if grad_weight is not None:
-            grad_weight[pictures] += torch.bmm(x_BPI[pictures, pixels].transpose(1, 2), gradient)
+            grad_weight[pictures] += torch.bmm(rows.transpose(1, 2), gradient)
         if grad_x is not None:
             torch.bmm(gradient, weight_BOI[pictures], out=grad_x[pictures, pixels])
         if grad_product is not None:
             grad_product[pictures, pixels] = gradient
     if grad_product is not None:  # one product sums over the pictures in full precision
         grad_x = grad_product.transpose(0, 1).flatten(1) @ weight_BOI.flatten(0, 1)
-    return Gradients(grad_x, grad_weight, grad_bias, grad_noise)
+    return Gradients(grad_x, grad_weight, grad_bias, grad_noise, grad_head)
+
+
+def _activation_backward_on(x: Tensor) -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]:
+    """The fastest that works where x is."""
+    for kernels in (fused_triton, fused_compiled):
+        if kernels.available(x):
+            return kernels.activation_backward
+    return activation_backward
+
+
+def _with_head(gradient: Tensor | None, of_head_BPR: Tensor, head_BOR: Tensor) -> Tensor:
+    """The gradient of a block of y: what came from the next layer, if anything did, and through the head."""
+    head_BRO = head_BOR.transpose(1, 2)
+    if gradient is None:
+        return torch.bmm(of_head_BPR, head_BRO)
+    return torch.baddbmm(gradient, of_head_BPR, head_BRO)
 
 
 def activation_backward(

@@ -4,7 +4,7 @@ Of two algebraic forms the one with weights modulated for each picture is the fa
 pixels, which one product reads and writes once. Scaling the pixels by the style before one product shared by all
 pictures, and by the demodulation after it, passes over all of them twice more, and again backward.
 
-Shapes: B pictures, P pixels, I channels in, O channels out.
+Shapes: B pictures, P pixels, I channels in, O channels out, R of a head.
 """
 
 from typing import Any
@@ -72,13 +72,39 @@ def modulated_linear(
     Returns (B, P, O) in the autocast dtype where autocast is on, else in the dtype of x. The weights are made
     in float32 (float64 for float64) and rounded once. Differentiable any number of times.
     """
+    rule = _Rule(demodulate, gain, slope, eps, keep_weights)
+    return _apply((x, weight_IO, style_BI, bias_O, noise_BP, None), rule)[0]
+
+
+def modulated_linear_with_head(
+    x: Tensor,
+    weight_IO: Tensor,
+    style_BI: Tensor,
+    bias_O: Tensor | None,
+    noise_BP: Tensor | None,
+    head_BOR: Tensor,
+    *,
+    demodulate: bool = True,
+    gain: float = 1.0,
+    slope: float = 1.0,
+    eps: float = EPSILON,
+    keep_weights: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`modulated_linear`, y, and a small product of it, y @ head: (B, P, O) and (B, P, R), in the same dtype.
+
+    The product and its gradients are computed while y is in the cache. head_BOR: one matrix for each picture.
+    """
+    rule = _Rule(demodulate, gain, slope, eps, keep_weights)
+    return _apply((x, weight_IO, style_BI, bias_O, noise_BP, head_BOR), rule)
+
+
+def _apply(inputs: tuple[Any, ...], rule: "_Rule") -> tuple[Any, Any]:
+    x, weight_IO, style_BI, *rest = inputs
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with torch.autocast(device, enabled=False):
         exact = torch.promote_types(weight_IO.dtype, torch.float32)
-        rule = _Rule(demodulate, gain, slope, eps, keep_weights)
-        inputs = (x.to(dtype), weight_IO.to(exact), style_BI.to(exact), bias_O, noise_BP)
-        return _ModulatedLinear.apply(*inputs, rule)
+        return _ModulatedLinear.apply(x.to(dtype), weight_IO.to(exact), style_BI.to(exact), *rest, rule)
 
 
 class _Rule:
@@ -106,49 +132,56 @@ class _ModulatedLinear(torch.autograd.Function):
         style_BI: Tensor,
         bias_O: Tensor | None,
         noise_BP: Tensor | None,
+        head_BOR: Tensor | None,
         rule: _Rule,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         weight_BIO = _modulated(weight_IO, style_BI, rule.demodulation(weight_IO, style_BI), x.dtype)
-        y_BPO = product(x, weight_BIO, bias_O, noise_BP, rule.slope)
+        rounded_BOR = None if head_BOR is None else head_BOR.to(x.dtype)
+        y_BPO, result_BPR = product(x, weight_BIO, bias_O, noise_BP, rule.slope, rounded_BOR)
         ctx.rule = rule
+        ctx.set_materialize_grads(False)  # the last layer's y has none but its head's
         kept_BIO = weight_BIO if rule.keep_weights else None
-        ctx.save_for_backward(x, weight_IO, style_BI, bias_O, noise_BP, y_BPO, kept_BIO)
-        return y_BPO
+        ctx.save_for_backward(x, weight_IO, style_BI, bias_O, noise_BP, head_BOR, y_BPO, kept_BIO)
+        return y_BPO, result_BPR
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient_BPO,) = gradients
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         *inputs, y_BPO, weight_BIO = ctx.saved_tensors  # once only: a recomputed segment hands them out once
-        needs = ctx.needs_input_grad[:5]
-        with torch.autocast(gradient_BPO.device.type, enabled=False):  # also where it is called under autocast
+        needs = ctx.needs_input_grad[:6]
+        if gradients == (None, None):  # in a second derivative that does not depend on this layer
+            return (None,) * 7
+        with torch.autocast(y_BPO.device.type, enabled=False):  # also where it is called under autocast
             if torch.is_grad_enabled():  # a derivative of this derivative is wanted
-                return *_plain_backward(gradient_BPO, tuple(inputs), needs, ctx.rule), None
-            return *_backward(gradient_BPO, tuple(inputs), y_BPO, weight_BIO, needs, ctx.rule), None
+                return *_plain_backward(gradients, tuple(inputs), needs, ctx.rule), None
+            return *_backward(gradients, tuple(inputs), y_BPO, weight_BIO, needs, ctx.rule), None
 
 
 def _backward(
-    gradient_BPO: Tensor,
+    gradients: tuple[Any, ...],
     inputs: tuple[Any, ...],
     y_BPO: Tensor,
     weight_BIO: Tensor | None,
     needs: tuple[bool, ...],
     rule: _Rule,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight, style, bias and noise."""
-    x, weight_IO, style_BI, bias_O, noise_BP = inputs
+    """Gradients of x, weight, style, bias, noise and head."""
+    x, weight_IO, style_BI, bias_O, noise_BP, head_BOR = inputs
     scale_BO = rule.demodulation(weight_IO, style_BI)
     if weight_BIO is None:
         weight_BIO = _modulated(weight_IO, style_BI, scale_BO, x.dtype)
-    wanted = (needs[0], needs[1] or needs[2], needs[3], needs[4])
-    found = product_backward(gradient_BPO, x, y_BPO, weight_BIO, rule.slope, wanted)
-    grad_weight, grad_style, grad_bias, grad_noise = None, None, None, None
+    rounded_BOR = None if head_BOR is None else head_BOR.to(x.dtype)
+    wanted = (needs[0], needs[1] or needs[2], *needs[3:])
+    found = product_backward((gradients[0], gradients[1]), x, y_BPO, weight_BIO, rounded_BOR, rule.slope, wanted)
+    grad_weight, grad_style, grad_bias, grad_noise, grad_head = None, None, None, None, None
     if found.weight_BIO is not None:
         grad_weight, grad_style = _modulation_backward(found.weight_BIO, weight_IO, style_BI, scale_BO, rule)
     if found.bias_O is not None:
         grad_bias = found.bias_O.to(bias_O.dtype)
     if found.noise_BP is not None:
         grad_noise = found.noise_BP.sum_to_size(noise_BP.shape).to(noise_BP.dtype)
-    return found.x, grad_weight, grad_style, grad_bias, grad_noise
+    if found.head_BOR is not None:
+        grad_head = found.head_BOR.to(head_BOR.dtype)
+    return found.x, grad_weight, grad_style, grad_bias, grad_noise, grad_head
 
 
 def _modulated(weight_IO: Tensor, style_BI: Tensor, scale_BO: Tensor, dtype: torch.dtype) -> Tensor:
@@ -174,10 +207,10 @@ def _modulation_backward(
 
 
 def _plain_backward(
-    gradient_BPO: Tensor, inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...], rule: _Rule
+    gradients: tuple[Any, ...], inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...], rule: _Rule
 ) -> list[Tensor | None]:
     """The gradients by torch's own rules, which can be differentiated again."""
-    x, weight_IO, style_BI, bias_O, noise_BP = inputs
+    x, weight_IO, style_BI, bias_O, noise_BP, head_BOR = inputs
     assert x is not None and weight_IO is not None and style_BI is not None
     weight_BIO = weight_IO * style_BI[:, :, None] * rule.demodulation(weight_IO, style_BI)[:, None, :]
     y_BPO = x @ weight_BIO.to(x.dtype)
@@ -185,6 +218,16 @@ def _plain_backward(
         y_BPO = y_BPO + bias_O.to(x.dtype)
     if noise_BP is not None:
         y_BPO = y_BPO + noise_BP.to(x.dtype)[:, :, None]
+    y_BPO = F.leaky_relu(y_BPO, rule.slope)
+    results = [y_BPO] if head_BOR is None else [y_BPO, y_BPO @ head_BOR.to(x.dtype)]
+    given = [(result, gradient) for result, gradient in zip(results, gradients, strict=False) if gradient is not None]
     wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None]
-    found = iter(torch.autograd.grad(F.leaky_relu(y_BPO, rule.slope), wanted, gradient_BPO, create_graph=True))
-    return [next(found) if need else None for need in needs]
+    found = torch.autograd.grad(
+        [result for result, _ in given],
+        wanted,
+        [gradient for _, gradient in given],
+        create_graph=True,
+        allow_unused=True,  # the head, where only y was used
+    )
+    each = iter(found)
+    return [next(each) if need else None for need in needs]

@@ -125,7 +125,7 @@ def steady(build: Callable[[], Iterator[Any]], arguments: dict[str, Any], packag
     """A loader that gives batches without end: the first batch, a warm-up, and the measured stretch."""
     server = server_of(arguments)
     batches, seconds = first_batch(build, arguments["size"])
-    measure(batches, arguments["warmup"], 0.0, server)
+    measure(batches, arguments["warmup"], 0.0, server, arguments["longest"])
     stretch = measure(batches, arguments["images"], arguments["seconds"], server, arguments["longest"])
     return Outcome(stretch, seconds, versions(packages))
 
