@@ -1,13 +1,14 @@
-# make demo    trains a small generator on this machine and draws its samples
-# make test    lint, types and tests
-# make help    everything else
+# make demo            trains a small generator on this machine and draws its samples
+# make test            lint, types and every test that needs no Ray cluster: under 15 minutes on 2 cores
+# make test-cluster    the tests that start Ray clusters and break them: at most 25 minutes on 2 cores
+# make help            everything else
 #
 # All tools live in .venv, which is made on first use and renewed when pyproject.toml or constraints.txt change.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format wheel clean
+.PHONY: help demo test test-cluster lint format wheel clean
 
 VENV := .venv
 BIN := $(VENV)/bin/python
@@ -18,13 +19,13 @@ ARGS ?=
 PYTEST_ARGS ?=
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "Python 3.11 or newer is needed, and $(or $(PYTHON),python3) is not: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
-	$(BIN) -m pip install --quiet -c constraints.txt -e '.[all,test]'
+	$(BIN) -m pip install --quiet -c constraints.txt -e '.[all,services,test]'
 	@touch $@
 
 demo: $(VENV)/.installed  ## train a small generator here and draw samples; ARGS="key=value ..." changes settings
@@ -35,8 +36,11 @@ lint: $(VENV)/.installed  ## style and types
 	$(BIN) -m ruff format --check .
 	$(BIN) -m mypy
 
-test: lint  ## lint, types and tests; PYTEST_ARGS="-k name" selects
-	$(BIN) -m pytest $(PYTEST_ARGS)
+test: lint  ## lint, types and every test without a Ray cluster; PYTEST_ARGS="-k name" selects
+	$(BIN) -m pytest -m "not cluster" --durations=15 $(PYTEST_ARGS)
+
+test-cluster: $(VENV)/.installed  ## tests on real Ray clusters of this machine, whose parts are killed; root for all of them
+	$(BIN) -m pytest -m cluster --durations=15 $(PYTEST_ARGS)
 
 format: $(VENV)/.installed  ## rewrite files in the project's style
 	$(BIN) -m ruff check --fix .

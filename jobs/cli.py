@@ -53,7 +53,7 @@ def parse(
         argv: the arguments; None takes the process's.
         extra: adds the job's own options and positionals; positionals stand before the overrides. An option
             `--space` names a search space and is read into the `tune` section.
-        default: the config where `--config` is not given; None makes it required.
+        default: the config where `--config` is not given; None makes it required, empty text is the bare defaults.
 
     Returns:
         The config, and the arguments: `dry_run`, `config`, `overrides` and those of `extra`. With `--dry-run`
@@ -78,7 +78,7 @@ def parse(
     if args.config is None:
         parser.error(f"--config is missing: expected a YAML file or one of {names}")
     try:
-        config = load_config(args.config, args.overrides, space=getattr(args, "space", None))
+        config = load_config(args.config or None, args.overrides, space=getattr(args, "space", None))
     except ConfigError as error:
         parser.error(_as_message(error))
     if args.dry_run:

@@ -5,8 +5,12 @@
     python -m jobs.train --config demo cluster.backend=local tracking.enabled=false    # no Ray, no MLflow
     python -m jobs.train --config ffhq256 --dry-run                                    # what it would be
 
-The run's folder, run.dir/run.name, holds config.yaml, log.jsonl, sample sheets and checkpoints. The best generator
-becomes a version of tracking.model_name; jobs.promote decides whether it becomes the champion.
+On a terminal one line shows how far it is, and what it waits for; elsewhere there is a line a tick. `python -m
+jobs.status RUN` tells the same from any machine.
+
+The run's folder, run.dir/run.name, holds config.yaml, log.jsonl, sample sheets, checkpoints, and on Ray what workers
+printed (workers/) and why they were restarted (restarts.json). The best generator becomes a version of
+tracking.model_name; jobs.promote decides whether it becomes the champion.
 """
 
 from collections.abc import Sequence

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from pipeline import fields, layering, plain_yaml
+from pipeline.config_cluster import ClusterConfig as ClusterConfig
 from pipeline.config_sources import PRESETS as PRESETS
 from pipeline.config_sources import absolute, read_source, read_yaml
 from pipeline.config_sources import preset_names as preset_names
@@ -63,38 +64,11 @@ class TrackingConfig(Section):
     """MLflow experiment, the group in which runs are compared."""
     model_name: str = Field(default="cips", min_length=1)
     """Registered model that trained generators become versions of."""
+    system_metrics: bool = True
+    """The machine of rank 0 too, at each tick: processor, memory, disk, network, NVIDIA GPUs. Costs next to nothing."""
     flush_timeout_s: PositiveFloat = 60.0
-    """How long the end of a run waits for a slow tracking server before leaving the rest to log.jsonl."""
-
-
-class ClusterConfig(Section):
-    """How many workers divide the global batch, where, and how soon a failure is noticed."""
-
-    backend: Literal["ray", "local"] = "ray"
-    """ray: Ray Train workers, restarted after failures; local: one worker in this process, without Ray."""
-    address: str | None = None
-    """Ray cluster to join (`auto`, or ray://HOST:10001); empty starts Ray on this machine."""
-    workers: PositiveInt = 1
-    """Workers that share the global batch; changes speed, not the result."""
-    use_gpu: bool = False
-    """One GPU for each worker."""
-    cpus_per_worker: PositiveInt = 1
-    """Processor cores reserved for each worker, decoding included."""
-    threads_per_worker: PositiveInt | None = None
-    """Threads of a worker's tensor operations; empty is `cluster.cpus_per_worker`. Part of bit-equality."""
-    max_failures: int = Field(default=3, ge=-1)
-    """Restarts from the latest checkpoint before giving up; -1: without end. Preemptions do not count."""
-    collective_timeout_s: PositiveFloat = 600.0
-    """A hang in a collective operation ends the attempt after this; longer than any evaluation takes."""
-    worker_start_timeout_s: PositiveFloat = 900.0
-    """How long to wait for all workers to start; machines of an autoscaled cluster take minutes to boot."""
-    health_check_interval_s: PositiveFloat = 2.0
-    """How often workers are polled: the delay of noticing a death, and the longest that a report can take."""
-
-    @property
-    def threads(self) -> int:
-        """Threads of a worker's tensor operations."""
-        return self.threads_per_worker or max(1, int(self.cpus_per_worker))
+    """How long training waits for the tracking server: never until its end, and there at most this. What is not sent
+    by then is in log.jsonl, and sent when the run is started again."""
 
 
 class TuneConfig(Section):

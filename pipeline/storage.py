@@ -10,9 +10,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
@@ -21,8 +22,14 @@ import pyarrow.fs as pafs
 from pydantic import Field
 
 from pipeline.schema import Section
+from pipeline.storage_errors import MissingError as MissingError
+from pipeline.storage_errors import StorageError as StorageError
+from pipeline.storage_errors import UnavailableError as UnavailableError
+from pipeline.storage_errors import explain_local, explain_remote
 
 COPY_BYTES = 8 << 20
+RETRY_S = 2.0
+Result = TypeVar("Result")
 
 
 class StorageConfig(Section):
@@ -41,15 +48,8 @@ class StorageConfig(Section):
     request_timeout_s: float = Field(60.0, gt=0)
     """Seconds to wait for an answer on an open connection, and for each next piece of it."""
     total_timeout_s: float = Field(300.0, gt=0)
-    """Seconds until a read of training data gives up; slow-downs and lost connections are retried until then."""
-
-
-class StorageError(RuntimeError):
-    """A file or bucket could not be used; the message names it, the cause and the fix."""
-
-
-class MissingError(StorageError, FileNotFoundError):
-    """Nothing is stored under this URI, though its bucket can be reached."""
+    """Seconds until training gives up on a store that fails for now: reads of training data, the start and the last
+    checkpoint are tried again until then."""
 
 
 def is_remote(uri: str) -> bool:
@@ -139,11 +139,16 @@ def read_bytes(uri: str, storage: StorageConfig) -> bytes:
             return file.read()
 
 
-def write_bytes(uri: str, data: bytes, storage: StorageConfig) -> None:
+def write_bytes(uri: str, data: bytes | memoryview, storage: StorageConfig) -> None:
     """Store the bytes whole or not at all: readers see the old content or the new, never a part."""
+    size = memoryview(data).nbytes
     if not is_remote(uri):
-        with staged(uri, storage) as path, explained(uri, storage):
-            path.write_bytes(data)
+        with staged(uri, storage) as path, explained(uri, storage, size):
+            try:
+                path.write_bytes(data)
+            except OSError:
+                path.unlink(missing_ok=True)  # its room counts as free, as the next try will find it
+                raise
         return
     with explained(uri, storage):
         filesystem, key = arrow_filesystem(uri, storage)
@@ -221,53 +226,45 @@ def mlflow_environment(storage: StorageConfig) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def explained(uri: str, storage: StorageConfig) -> Iterator[None]:
-    """Turns the errors of filesystems inside the block into StorageErrors about `uri`."""
+def explained(uri: str, storage: StorageConfig, size: int | None = None) -> Iterator[None]:
+    """Turns the errors of filesystems inside the block into StorageErrors about `uri`.
+
+    size: bytes that the block writes, for the message where a disk is full.
+    """
     try:
         yield
     except StorageError:
         raise
     except (OSError, pa.ArrowException) as error:
-        raise _explain(error, uri, storage) from error
+        raise _explain(error, uri, storage, size) from error
 
 
-def _explain(error: Exception, uri: str, storage: StorageConfig) -> StorageError:
-    """Names the cause in the user's words, and the fix. Arrow tells S3's errors apart only in its text."""
-    text = " ".join(str(error).split())
+def patiently(action: Callable[[], Result], doing: str, storage: StorageConfig) -> Result:
+    """What the action returns; while the store is unavailable it is tried again, for storage.total_timeout_s."""
+    deadline = time.monotonic() + storage.total_timeout_s
+    while True:
+        try:
+            return action()
+        except UnavailableError as cause:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise
+            print(f"{doing}: waiting for the store, {left:.0f} s at most ({cause})", flush=True)
+            time.sleep(min(RETRY_S, left))
+
+
+def _explain(error: Exception, uri: str, storage: StorageConfig, size: int | None = None) -> StorageError:
     if not is_remote(uri):
-        missing = isinstance(error, FileNotFoundError)
-        kind = MissingError if missing else StorageError
-        return kind(f"{uri}: {'there is no such file or folder' if missing else text}; check the path")
-    bucket, endpoint = urlsplit(uri).netloc, endpoint_of(storage)
-    service = endpoint or "AWS S3"
-    if "NO_SUCH_BUCKET" in text or "NoSuchBucket" in text:
-        return StorageError(
-            f"{uri}: there is no bucket {bucket!r} at {service}; create it, or check the URI, "
-            f"storage.endpoint and storage.region"
-        )
-    denied = ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE", "TOKEN", "HTTP status 403")
-    if isinstance(error, PermissionError) or any(word in text for word in denied):
-        given = "AWS_ACCESS_KEY_ID" in os.environ and "AWS_SECRET_ACCESS_KEY" in os.environ
-        fix = (
-            "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what that key may do in the bucket"
-            if given
-            else "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or storage.anonymous=true if it is public"
-        )
-        return StorageError(f"{uri}: {service} refused access to bucket {bucket!r} ({text}); {fix}")
-    unreachable = ("NETWORK_CONNECTION", "curlCode", "Could not connect", "REQUEST_TIMEOUT")
-    if any(word in text for word in unreachable):
-        return StorageError(
-            f"{uri}: {service} did not answer in {storage.attempts} attempts ({text}); check that it runs, "
-            f"storage.endpoint (now {endpoint or 'not set'}) and the network"
-        )
-    if isinstance(error, FileNotFoundError) or "NO_SUCH_KEY" in text:
+        return explain_local(error, uri, _local_path(uri), size)
+    bucket, endpoint, attempts = urlsplit(uri).netloc, endpoint_of(storage), storage.attempts
+    found = explain_remote(error, uri, bucket, endpoint, attempts)
+    if isinstance(found, MissingError):
         filesystem, path = arrow_filesystem(uri, storage)
         try:
             _check_bucket(filesystem, path)
         except OSError as cause:
-            return _explain(cause, uri, storage)
-        return MissingError(f"{uri}: nothing is stored in bucket {bucket!r} under that key; check the URI")
-    return StorageError(f"{uri}: {text}; check the URI, storage.region and the state of {service}")
+            return explain_remote(cause, uri, bucket, endpoint, attempts)
+    return found
 
 
 def _check_bucket(filesystem: pafs.FileSystem, path: str) -> None:

@@ -43,7 +43,7 @@ class MlflowServer:
         self.uri = f"http://127.0.0.1:{self.port}"
         self.database_uri = sqlite_uri(folder)
         self.log = folder / "server.log"
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Starts it and waits until it answers."""
@@ -54,7 +54,7 @@ class MlflowServer:
         # The job runner is four more processes, which no test needs.
         environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         with self.log.open("ab") as output:
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -62,15 +62,15 @@ class MlflowServer:
                 env=environment,
                 start_new_session=True,
             )
-        self._wait_until_ready(self._process)
+        self._wait_until_ready(self.process)
 
     def stop(self) -> None:
         """Kills it with all its processes, as a lost machine would."""
-        if self._process is not None:
+        if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + READY_DEADLINE_S

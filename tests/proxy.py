@@ -212,7 +212,7 @@ def is_shard(request: Request) -> bool:
 
 
 def _read_request(client: socket.socket) -> bytes | None:
-    """One request with its body; None where the client has ended the connection."""
+    """One request with its body, of a known length or in chunks; None where the client has ended the connection."""
     raw = b""
     while HEAD_END not in raw:
         more = client.recv(65536)
@@ -220,13 +220,28 @@ def _read_request(client: socket.socket) -> bytes | None:
             return None
         raw += more
     head, _, body = raw.partition(HEAD_END)
-    length = int(_header(head, "content-length") or 0)
-    while len(body) < length:
+    if _header(head, "expect").lower() == "100-continue":
+        client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+    chunked, length = "chunked" in _header(head, "transfer-encoding"), int(_header(head, "content-length") or 0)
+    while not _all_chunks(body) if chunked else len(body) < length:
         more = client.recv(65536)
         if not more:
             return None
         body += more
     return head + HEAD_END + body
+
+
+def _all_chunks(body: bytes) -> bool:
+    """Whether a body in chunks has come to its end: a chunk of no bytes, trailers, and an empty line."""
+    start = 0
+    while (end := body.find(b"\r\n", start)) >= 0:
+        size = int(body[start:end].partition(b";")[0], 16)
+        if size == 0:
+            return body.find(HEAD_END, start) >= 0
+        start = end + 2 + size + 2
+        if start > len(body):
+            return False
+    return False
 
 
 def _parsed(raw: bytes) -> Request:

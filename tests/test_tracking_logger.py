@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from pipeline.tracking.client import connect
-from pipeline.tracking.logger import RunLogger
+from pipeline.tracking.logger import Point, RunLogger
 from pipeline.tracking.runs import open_run
 from tests.mlflow_server import sqlite_uri
 from tests.servers import free_ports
@@ -77,6 +77,38 @@ def test_a_step_may_be_logged_again(uri: str, run_id: str, client: MlflowClient)
         assert logger.close(DEADLINE_S, status=None) == 0
     assert client.get_run(run_id).data.metrics["x"] == 2.0
     assert client.get_run(run_id).info.status == "RUNNING"
+
+
+def test_what_an_earlier_process_could_not_send_is_sent_once(
+    uri: str, run_id: str, client: MlflowClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """400 points of 4 scalars: more than one request takes. The clock says which of them the run has."""
+    points = [
+        Point(step, 1000.0 + step, {"clock": step / 1000, **{f"m{number}": float(step) for number in range(3)}})
+        for step in range(400)
+    ]
+    first = RunLogger(uri, run_id)
+    for point in points[:50] + points[60:70]:
+        first.metrics(point.values, point.step)
+    assert first.close(DEADLINE_S, status=None) == 0
+    for missing in (340, 0):
+        again = RunLogger(uri, run_id)
+        again.catch_up(points, "clock")
+        again.metrics({"clock": 0.4 + missing, "m0": 400.0}, 400 + missing)
+        assert again.close(DEADLINE_S, status=None) == 0
+        assert (f"{missing} ticks that run {run_id} lacked were sent" in capsys.readouterr().out) == (missing > 0)
+    for name in ("clock", "m0", "m1", "m2"):
+        steps = [point.step for point in client.get_metric_history(run_id, name)]
+        assert sorted(step for step in steps if step < 400) == list(range(400)), name
+    times = {point.step: point.timestamp for point in client.get_metric_history(run_id, "m1")}
+    assert times[55] == 1_055_000
+
+
+def test_nothing_to_catch_up_asks_nobody(uri: str, run_id: str) -> None:
+    logger = RunLogger(uri, run_id)
+    logger.catch_up([], "clock")
+    assert logger.undelivered == 0
+    logger.close(DEADLINE_S)
 
 
 def test_more_metrics_than_one_request_takes(uri: str, run_id: str, client: MlflowClient) -> None:
@@ -149,7 +181,7 @@ def test_a_server_that_hangs_holds_up_nobody() -> None:
 def test_a_process_ends_although_its_server_is_down() -> None:
     (port,) = free_ports(1)
     code = f"""
-from pipeline.tracking.logger import RunLogger
+from pipeline.tracking.logger import Point, RunLogger
 logger = RunLogger("http://127.0.0.1:{port}", "run")
 logger.metrics({{"x": 1.0}}, 1)
 logger.close(0.2)

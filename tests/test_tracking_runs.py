@@ -61,6 +61,19 @@ def test_going_on_keeps_the_run_and_tells_what_changed(uri: str, client: MlflowC
     assert len(client.search_runs([run.info.experiment_id])) == 1
 
 
+def test_a_run_is_found_by_the_name_that_its_maker_gave_it(uri: str, client: MlflowClient) -> None:
+    made = open_run(uri, "cips", "first", {"total": 1}, key="a1b2")
+    assert client.get_run(made).data.tags["run.key"] == "a1b2"
+    end_run(uri, made, "FAILED")
+    assert open_run(uri, "cips", "first", {"total": 1}, key="a1b2") == made
+    assert client.get_run(made).info.status == "RUNNING"
+    other = open_run(uri, "cips", "first", {"total": 1}, key="c3d4")
+    nameless = open_run(uri, "cips", "first", {"total": 1})
+    assert len({made, other, nameless}) == 3
+    client.delete_run(made)
+    assert open_run(uri, "cips", "first", {"total": 1}, key="a1b2") not in {made, other, nameless}
+
+
 def test_more_settings_than_one_request_takes(uri: str, client: MlflowClient) -> None:
     run_id = open_run(uri, "cips", "many", {f"key{number}": number for number in range(250)})
     assert len(client.get_run(run_id).data.params) == 250

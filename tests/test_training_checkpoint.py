@@ -12,6 +12,7 @@ from pipeline.training.checkpoint import (
     CheckpointError,
     check_same_training,
     checkpoint_folder,
+    delete_unfinished,
     find_best,
     list_checkpoints,
     load_checkpoint,
@@ -137,3 +138,14 @@ def test_a_moved_data_set_and_a_longer_training_are_the_same_training(tmp_path: 
     moved["train"]["total_kimg"] = 100
     moved["train"]["recompute"] = "segment"  # what a run that ran out of memory is started again with
     check_same_training(info, moved, "abc", "here")
+
+
+def test_what_failed_checkpoints_left_is_deleted_up_to_a_count(tmp_path: Path) -> None:
+    for images_seen in (8, 16, 24, 32):
+        save(str(tmp_path), a_state(images_seen=images_seen))
+    for images_seen in (8, 24):
+        (Path(checkpoint_folder(str(tmp_path), images_seen)) / "checkpoint.json").unlink()
+    delete_unfinished(str(tmp_path), 16, STORAGE)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["0000000016", "0000000024", "0000000032"]
+    assert list_checkpoints(str(tmp_path), STORAGE) == [16, 32]

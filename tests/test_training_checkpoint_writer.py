@@ -104,6 +104,34 @@ def test_a_store_that_fails_is_handed_back_and_the_next_one_stands(tmp_path: Pat
     assert list_checkpoints(str(tmp_path), STORAGE) == [16]
 
 
+def test_what_a_failed_one_left_goes_when_a_later_one_stands(tmp_path: Path) -> None:
+    """Also what an earlier process left; what is newer stays: somebody may be writing it."""
+    for images_seen in (4, 8, 99):
+        blocked = tmp_path / "checkpoints" / f"{images_seen:010d}" / "training.safetensors"
+        blocked.mkdir(parents=True)
+    writer = a_writer(tmp_path)
+    writer.begin(a_state(), [])
+    assert isinstance(written(writer).error, StorageError)
+    assert (tmp_path / "checkpoints" / "0000000008" / "generator.safetensors").exists()
+    writer.begin(a_state(images_seen=16), [])
+    assert written(writer).error is None
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0000000016", "0000000099"]
+
+
+def test_what_comes_before_a_checkpoint_is_done_before_it(tmp_path: Path) -> None:
+    """A failure of it does not keep the checkpoint from standing."""
+    seen: list[list[int]] = []
+
+    def before() -> None:
+        seen.append(list_checkpoints(str(tmp_path), STORAGE))
+        raise StorageError("no log today")
+
+    writer = CheckpointWriter(str(tmp_path), CONFIG, "abc", 3, STORAGE, before)
+    writer.begin(a_state(), [])
+    assert written(writer).error is None
+    assert seen == [[]] and list_checkpoints(str(tmp_path), STORAGE) == [8]
+
+
 def test_a_defect_is_handed_back_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: Any) -> None:
         raise ZeroDivisionError

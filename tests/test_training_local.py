@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 
 from tests.small import small_data, small_plan
 
-NEEDED = ("torch", "numpy", "pyarrow", "fsspec", "pillow", "pydantic", "safetensors")
+NEEDED = ("torch", "numpy", "pyarrow", "fsspec", "pillow", "pydantic", "safetensors", "tqdm")
 ROOT = Path(__file__).parents[1]
 
 SCRIPT = """

@@ -52,7 +52,12 @@ class Watcher(Observer):
         self.sheets: list[tuple[str, int]] = []
         self.events: list[tuple[str, int]] = []
         self.checkpoints: list[int] = []
+        self.log: list[int] = []
         self.closed = False
+
+    def resumed(self, images_seen: int, log: list[dict[str, Any]]) -> None:
+        self.log = [line["images_seen"] for line in log]
+        self.events.append(("resumed", images_seen))
 
     def tick(self, tick: Tick) -> None:
         self.ticks.append(tick)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,14 +162,51 @@ def test_after_a_failure_the_next_tick_tries_again(
     assert watcher.checkpoints == list_checkpoints(plan.folder, plan.storage) == [0, 96, 128]
 
 
+class Blocks(Watcher):
+    """Puts a file in the place of the folder of checkpoints, at a count of images; the good ones move aside."""
+
+    def __init__(self, folder: Path, images_seen: int) -> None:
+        super().__init__()
+        self.folder, self.images_seen = folder, images_seen
+
+    def tick(self, tick: Tick) -> None:
+        super().tick(tick)
+        if tick.images_seen == self.images_seen:
+            for thread in writing_threads():
+                thread.join()
+            self.folder.rename(self.folder.with_name("aside"))
+            self.folder.write_text("in the way")
+
+
 def test_a_failure_at_the_end_fails_the_run(tmp_path: Path, data: DataConfig) -> None:
-    plan = small_plan(tmp_path, data)
-    (tmp_path / "checkpoints" / "0000000064" / "generator.safetensors").mkdir(parents=True)
-    watcher = Watcher()
-    with pytest.raises(StorageError, match="0000000064/generator.safetensors"):
+    plan = replace(small_plan(tmp_path, data), storage=StorageConfig(total_timeout_s=0.2))
+    watcher = Blocks(tmp_path / "checkpoints", 64)
+    with pytest.raises(StorageError, match="checkpoints/0000000064"):
         run(plan, watcher)
     assert watcher.checkpoints == [0, 32] and watcher.closed
     assert writing_threads() == []
+
+
+def test_what_fails_at_the_end_is_tried_again(
+    tmp_path: Path, data: DataConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = small_plan(tmp_path, data)
+    (tmp_path / "checkpoints" / "0000000064" / "generator.safetensors").mkdir(parents=True)
+    watcher = Watcher()
+    run(plan, watcher)
+    printed = capsys.readouterr().out
+    assert "no checkpoint at 64 images: " in printed and "the last checkpoint is tried again" in printed
+    assert watcher.checkpoints == list_checkpoints(plan.folder, plan.storage) == [0, 32, 64]
+
+
+def test_a_checkpoint_that_stood_when_its_process_died_is_told_by_the_next(tmp_path: Path, data: DataConfig) -> None:
+    plan = small_plan(tmp_path, data, total_kimg=0.096)
+    with pytest.raises(Interrupted):
+        run(plan, StopsAt(96))
+    watcher = Watcher()
+    run(plan, watcher)
+    assert watcher.events[:2] == [("resumed", 64), ("checkpoint", 64)] and watcher.log == [0, 32, 64]
+    assert watcher.events[2:] == [("tick", 96), ("checkpoint", 96), ("closed", 0)]
 
 
 def test_a_crash_lets_the_checkpoint_that_is_written_stand(
@@ -228,7 +266,7 @@ def train_together(world: World, fair: Plan, blocked: Plan) -> list[str]:
     outcome = train(fair, world, CPU)
     stands = list_checkpoints(fair.folder, fair.storage)[-1:] == [outcome.images_seen]
     try:
-        train(blocked, world, CPU)
+        train(blocked, world, CPU, [Blocks(Path(blocked.folder) / "checkpoints", 32)])
     except StorageError as error:
         return [str(stands), str(error)]
     return [str(stands), "no error"]
@@ -237,8 +275,8 @@ def train_together(world: World, fair: Plan, blocked: Plan) -> list[str]:
 @pytest.mark.slow
 def test_every_worker_knows_whether_the_last_one_stands(tmp_path: Path, data: DataConfig) -> None:
     fair, blocked = (small_plan(tmp_path / name, data, total_kimg=0.032) for name in ("fair", "blocked"))
-    (tmp_path / "blocked" / "checkpoints" / "0000000032" / "training.safetensors").mkdir(parents=True)
+    blocked = replace(blocked, storage=StorageConfig(total_timeout_s=0.2))
     first, second = on_workers(train_together, [2], tmp_path / "workers", fair, blocked)[2]
     assert first[0] == second[0] == "True"
-    assert "0000000032/training.safetensors" in first[1]
+    assert "checkpoints/0000000032" in first[1]
     assert "rank 0 could not write the last checkpoint" in second[1]

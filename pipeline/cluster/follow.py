@@ -1,20 +1,19 @@
-"""What the driver shows of a training on a cluster: its folder's log as it grows, and why workers were restarted."""
+"""What the driver shows of a training on a cluster, from the run's folder: ticks, restarts, what workers say."""
 
-import json
 import threading
 from types import TracebackType
-from typing import Any
 
-from ray.train.v2.api.callback import UserCallback
-
-from pipeline.storage import MissingError, StorageConfig, StorageError, is_remote, join, read_bytes, write_bytes
+from pipeline.storage import StorageConfig, StorageError, is_remote
+from pipeline.training.live import Display, last_measured
+from pipeline.training.notes import Word, read_restarts, read_words
 from pipeline.training.observers import Tick, read_log
 
 POLL_S, POLL_REMOTE_S = 1.0, 5.0
+START, FIRST_TICK = "the workers to start", "the first tick: reading the data, the first batches"
 
 
 class Follower:
-    """Prints each new status line and restart of a run while it is entered.
+    """Shows the ticks, the restarts and the workers' words of a run while it is entered.
 
     It reads the run's folder, so it works from any machine that reaches it, and a run goes on unseen as well.
     """
@@ -23,10 +22,14 @@ class Follower:
         self.folder, self.storage = folder, storage
         self.shown = read_log(folder, storage)
         self.shown_restarts = len(read_restarts(folder, storage))
+        self.heard = _latest(read_words(folder, storage))
+        last = Tick(**self.shown[-1]) if self.shown else None
+        self.display = Display(START, last, last_measured(self.shown), self.shown_restarts)
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._follow, name="follower", daemon=True)
 
     def __enter__(self) -> "Follower":
+        self.display.__enter__()
         self.thread.start()
         return self
 
@@ -36,6 +39,7 @@ class Follower:
         self.done.set()
         self.thread.join()
         self._show()
+        self.display.__exit__(kind, error, trace)
 
     def _follow(self) -> None:
         while not self.done.wait(POLL_REMOTE_S if is_remote(self.folder) else POLL_S):
@@ -43,44 +47,31 @@ class Follower:
 
     def _show(self) -> None:
         try:
-            restarts, log = read_restarts(self.folder, self.storage), read_log(self.folder, self.storage)
+            # In this order, so that what is shown last happened last, at most a moment later.
+            restarts, words = read_restarts(self.folder, self.storage), read_words(self.folder, self.storage)
+            log = read_log(self.folder, self.storage)
         except (OSError, StorageError, ValueError):
             return  # the store hiccups; the next look shows what this one missed
         for restart in restarts[self.shown_restarts :]:
-            print(f"workers failed: {restart['cause']}", flush=True)
+            self.display.restarted(restart["cause"], START)
         self.shown_restarts = len(restarts)
+        for word in words:
+            if word.number > self.heard.get(word.rank, 0):
+                self._say(word)
+        self.heard |= _latest(words)
         same = 0  # a restart goes back and writes the end of the log anew
         while same < min(len(log), len(self.shown)) and log[same] == self.shown[same]:
             same += 1
         for line in log[same:]:
-            print(Tick(**line).line(), flush=True)
+            self.display.tick(Tick(**line))
         self.shown = log
 
-
-class RestartNotes(UserCallback):
-    """Writes down why workers failed, beside the log; runs in Ray Train's controller."""
-
-    def __init__(self, folder: str, storage: StorageConfig) -> None:
-        self.folder, self.storage = folder, storage
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        cause = "; ".join(f"worker {rank}: {one_line(error)}" for rank, error in sorted(worker_exceptions.items()))
-        try:  # an error that left this method would end the run, which is to be saved
-            notes = [*read_restarts(self.folder, self.storage), {"cause": cause}]
-            write_bytes(join(self.folder, "restarts.json"), json.dumps(notes, indent=1).encode(), self.storage)
-        except (OSError, ValueError, StorageError) as error:
-            print(f"could not note a failure: {error}", flush=True)
+    def _say(self, word: Word) -> None:
+        print(f"worker {word.rank}: {word.text}", flush=True)
+        if word.rank == 0 and self.display.view.waiting == START:
+            self.display.wait_for(FIRST_TICK)
 
 
-def read_restarts(folder: str, storage: StorageConfig) -> list[dict[str, Any]]:
-    """The restarts of a run, oldest first."""
-    try:
-        return list(json.loads(read_bytes(join(folder, "restarts.json"), storage)))
-    except MissingError:
-        return []
-
-
-def one_line(error: Exception) -> str:
-    """The last line of an error, which in Ray's is the cause."""
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
+def _latest(words: list[Word]) -> dict[int, int]:
+    """The number of each rank's latest line."""
+    return {word.rank: word.number for word in words}

@@ -8,8 +8,9 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import TorchTrainer, get_device
 
+from pipeline.cluster.interfaces import NodeTorchConfig
 from pipeline.cluster.session import ray_session, set_timeouts
 from pipeline.config import ClusterConfig
 from pipeline.training.world import World
@@ -34,7 +35,7 @@ def run_on_ray(work: Work, argument: Any, cluster: ClusterConfig, workers: int, 
             scaling_config=ScalingConfig(
                 num_workers=workers, use_gpu=torch.cuda.is_available(), resources_per_worker={"CPU": threads}
             ),
-            torch_config=TorchConfig(timeout_s=asked.collective_timeout_s),
+            torch_config=NodeTorchConfig(timeout_s=asked.collective_timeout_s),
             run_config=RunConfig(name="benchmark", storage_path=folder),
         )
         found: list[Any] = trainer.fit().return_value

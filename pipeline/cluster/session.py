@@ -9,6 +9,8 @@ import ray
 
 from pipeline.config import ClusterConfig
 
+ELASTIC_TRY_S = 10.0
+
 
 class ClusterError(RuntimeError):
     """The cluster could not be reached, or a job on it failed."""
@@ -25,9 +27,17 @@ def is_local(cluster: ClusterConfig) -> bool:
 
 
 def set_timeouts(cluster: ClusterConfig) -> None:
-    """Ray Train reads these in the process that calls `fit`."""
+    """Ray Train reads these in the process that calls `fit`, and hands them to its controller and workers."""
+    # Ray chooses the size of an elastic group from a list of machines that is up to 20 s old. A size that has no room
+    # any more is tried for this long; `pipeline.cluster.watch` ends the tries.
+    elastic = cluster.fewest_workers < cluster.workers
+    start_s = min(ELASTIC_TRY_S, cluster.worker_start_timeout_s) if elastic else cluster.worker_start_timeout_s
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_s)
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(cluster.health_check_interval_s)
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.worker_start_timeout_s)
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cluster.health_check_timeout_s)
+    os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = str(cluster.health_check_interval_s)
+    # Reports of evaluations wait for all workers too, but not in torch.
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(cluster.collective_timeout_s)
 
 
 @contextlib.contextmanager

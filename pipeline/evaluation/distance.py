@@ -23,7 +23,7 @@ from pipeline.evaluation.frechet import (
 from pipeline.evaluation.metrics import Moments
 from pipeline.evaluation.protocol import EvaluateConfig, ProtocolError, Result, make_protocol, real_indices
 from pipeline.models.cips import Generator
-from pipeline.storage import StorageConfig
+from pipeline.storage import StorageConfig, StorageError, UnavailableError
 
 
 class DistanceMeter:
@@ -102,14 +102,21 @@ class DistanceMeter:
         return self._real
 
     def kept(self) -> Moments | None:
-        """The real pictures' moments where an earlier evaluation has kept them."""
-        return read_real_moments(self.folder, self.protocol, self.storage)
+        """The real pictures' moments where an earlier evaluation has kept them, and the store answers."""
+        try:
+            return read_real_moments(self.folder, self.protocol, self.storage)
+        except UnavailableError as cause:
+            print(f"the real pictures are measured again: {cause}", flush=True)
+            return None
 
     def keep(self, real: Moments) -> None:
         """Takes over the complete moments of the real pictures; rank 0 keeps them for later evaluations."""
         self._real = real
         if self.rank == 0:
-            write_real_moments(self.folder, self.protocol, real, self.storage)
+            try:
+                write_real_moments(self.folder, self.protocol, real, self.storage)
+            except StorageError as cause:  # the distance is known all the same (promise 8)
+                print(f"the measurement of the real pictures was not kept: {cause}", flush=True)
 
     def _real_batches(self) -> Iterator[Tensor]:
         # Stand-ins for damaged pictures would make another number under the same protocol.

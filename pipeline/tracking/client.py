@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -71,6 +72,22 @@ def require_reachable(uri: str, timeout_s: float = REACH_TIMEOUT_S) -> None:
             socket.create_connection(address, timeout=timeout_s).close()
     except (OSError, ValueError) as cause:
         raise TrackingError(_unreachable(uri, cause)) from cause
+
+
+def wait_until_reachable(uri: str, patience_s: float) -> None:
+    """`require_reachable` for the end of a run: a server that is away is waited for, and that is said."""
+    deadline = time.monotonic() + patience_s
+    told = False
+    while True:
+        try:
+            return require_reachable(uri)
+        except TrackingError as cause:
+            if time.monotonic() >= deadline:
+                raise
+            if not told:
+                print(f"waiting for the tracking server, {patience_s:g} s at most: {cause}", flush=True)
+            told = True
+            time.sleep(1)
 
 
 @contextmanager

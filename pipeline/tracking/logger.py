@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from mlflow import MlflowClient
@@ -18,10 +18,20 @@ from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
 from pipeline.pictures import encode_png
 from pipeline.tracking.client import connect, without_password
-from pipeline.tracking.delivery import Entry, Lane, RefusedError, say
+from pipeline.training.delivery import Entry, Lane, RefusedError, say
 
 # Error codes of answers that would be the same at the next try.
 REFUSALS = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE")
+
+
+class Point(NamedTuple):
+    """Scalars of an earlier moment."""
+
+    step: int
+    """Images seen."""
+    time: float
+    """Unix time in seconds; 0 where it is not known."""
+    values: Mapping[str, float]
 
 
 class RunLogger:
@@ -69,6 +79,14 @@ class RunLogger:
             part = numbers[start : start + MAX_METRICS_PER_BATCH]
             names = ", ".join(name for name, _ in part)
             self._put(self._scalars, "metrics", names, part, step, weight=len(part))
+
+    def catch_up(self, points: Sequence[Point], clock: str) -> None:
+        """Sends those of earlier points that the run lacks: at whose step it does not know the metric `clock`.
+
+        What waited in the memory of a process that died is made good this way, from the log that it kept.
+        """
+        if points:
+            self._put(self._scalars, "catch up", "earlier scalars", (list(points), clock))
 
     def image(self, name: str, image_HWC: np.ndarray, step: int = 0) -> None:
         """A uint8 picture (H, W, 3), kept as the artifact `name`, such as samples/0000012800.png."""
@@ -133,6 +151,8 @@ class RunLogger:
         try:
             if entries[0].kind == "status":
                 client.set_terminated(self.run_id, entries[0].content)
+            elif entries[0].kind == "catch up":
+                self._send_missing(client, *entries[0].content)
             else:
                 points = [
                     Metric(name, value, entry.time_ms, entry.step) for entry in entries for name, value in entry.content
@@ -140,6 +160,20 @@ class RunLogger:
                 client.log_batch(self.run_id, metrics=points, synchronous=True)
         except MlflowException as cause:
             raise _sorted_out(cause) from cause
+
+    def _send_missing(self, client: MlflowClient, points: Sequence[Point], clock: str) -> None:
+        known = {metric.step for metric in client.get_metric_history(self.run_id, clock)}
+        missing = [point for point in points if point.step not in known]
+        request: list[Metric] = []
+        for number, point in enumerate(missing, 1):
+            time_ms = round((point.time or time.time()) * 1000)
+            request += [Metric(name, value, time_ms, point.step) for name, value in point.values.items()]
+            # Points are never cut apart: the next try, if there is one, sees by the clock what still lacks.
+            if number == len(missing) or len(request) + len(missing[number].values) > MAX_METRICS_PER_BATCH:
+                client.log_batch(self.run_id, metrics=request, synchronous=True)
+                request = []
+        if missing:
+            say(f"{len(missing)} ticks that run {self.run_id} lacked were sent to it from the run's log")
 
     def _send_file(self, entries: Sequence[Entry]) -> None:
         (entry,) = entries

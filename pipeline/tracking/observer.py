@@ -6,8 +6,12 @@ import numpy as np
 
 from pipeline.config import Config
 from pipeline.storage import mlflow_environment
-from pipeline.tracking.logger import RunLogger
+from pipeline.tracking.logger import Point, RunLogger
+from pipeline.tracking.system import SystemMetrics
 from pipeline.training.observers import Observer, Tick
+
+CLOCK = "progress/kimg"
+"""In every tick's metrics: where MLflow knows it for a step, it knows all of that tick."""
 
 
 class RunObserver(Observer):
@@ -16,9 +20,15 @@ class RunObserver(Observer):
     def __init__(self, config: Config, run_id: str) -> None:
         self.flush_timeout_s = config.tracking.flush_timeout_s
         self.logger = RunLogger(config.tracking_uri, run_id, environment=mlflow_environment(config.storage))
+        self.system = SystemMetrics() if config.tracking.system_metrics else None
+
+    def resumed(self, images_seen: int, log: list[dict[str, Any]]) -> None:
+        ticks = [Tick(**line) for line in log]
+        self.logger.catch_up([Point(tick.images_seen, tick.time, tick.metrics()) for tick in ticks], CLOCK)
 
     def tick(self, tick: Tick) -> None:
-        self.logger.metrics(tick.metrics(), tick.images_seen)
+        system = self.system.take() if self.system else {}
+        self.logger.metrics(tick.metrics() | system, tick.images_seen)
 
     def sheet(self, name: str, images_seen: int, image_HWC: np.ndarray) -> None:
         if name == "reals":
@@ -30,5 +40,7 @@ class RunObserver(Observer):
         self.logger.text("checkpoint.txt", f"{folder}\n")
 
     def close(self) -> None:
+        if self.system:
+            self.system.close()
         # The driver ends the run: a worker cannot know whether it will be started again.
         self.logger.close(self.flush_timeout_s, status=None)

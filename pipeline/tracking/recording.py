@@ -1,6 +1,7 @@
 """The driver's side of the record: one MLflow run a training, however often it restarts, and the model it leaves."""
 
 import json
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pipeline.config import Config, to_yaml
 from pipeline.data.manifest import read_manifest
 from pipeline.evaluation.protocol import Result
 from pipeline.storage import MissingError, join, mlflow_environment, read_bytes, write_bytes
+from pipeline.tracking.client import wait_until_reachable
 from pipeline.tracking.registry import LoggedGenerator, find_version, log_model, register
 from pipeline.tracking.runs import TrainingData, end_run, open_run
 from pipeline.training.checkpoint import (
@@ -30,11 +32,8 @@ def recorded(config: Config, tags: Mapping[str, str] | None = None) -> Iterator[
     Yields its id. The run ends as FINISHED, FAILED or KILLED. A server that cannot be reached is an error here, at
     the start, where somebody looks; later it only delays log lines.
     """
-    uri, note = config.tracking_uri, join(config.run_uri, NOTE)
-    try:
-        known = json.loads(read_bytes(note, config.storage))
-    except MissingError:
-        known = {}
+    uri = config.tracking_uri
+    known = _note(config)
     manifest = read_manifest(config.data.uri, config.storage) if config.data.uri else None
     run_id = open_run(
         uri,
@@ -44,10 +43,11 @@ def recorded(config: Config, tags: Mapping[str, str] | None = None) -> Iterator[
         tags,
         data=TrainingData("train", config.data.uri, manifest.digest) if manifest else None,
         config_yaml=to_yaml(config),
-        run_id=known.get("run_id") if known.get("uri") == uri else None,
+        run_id=known.get("run_id"),
+        key=known.get("key"),
         environment=mlflow_environment(config.storage),
     )
-    write_bytes(note, json.dumps({"uri": uri, "run_id": run_id}).encode(), config.storage)
+    _write_note(config, {**known, "run_id": run_id})
     status = "FAILED"
     try:
         yield run_id
@@ -57,6 +57,26 @@ def recorded(config: Config, tags: Mapping[str, str] | None = None) -> Iterator[
         raise
     finally:
         end_run(uri, run_id, status)
+
+
+def _note(config: Config) -> dict[str, str]:
+    """Which MLflow run belongs to the run's folder: `uri` of the server, and `run_id` or, before it is known, `key`.
+
+    The key is written before the run is made: whoever dies in between leaves a run that is found again by it.
+    """
+    try:
+        known = json.loads(read_bytes(join(config.run_uri, NOTE), config.storage))
+    except MissingError:
+        known = {}
+    if known.get("uri") == config.tracking_uri:
+        return dict(known)
+    note = {"uri": config.tracking_uri, "key": uuid.uuid4().hex}
+    _write_note(config, note)
+    return note
+
+
+def _write_note(config: Config, note: Mapping[str, str]) -> None:
+    write_bytes(join(config.run_uri, NOTE), json.dumps(note).encode(), config.storage)
 
 
 @dataclass
@@ -90,6 +110,7 @@ def register_best(config: Config, run_id: str) -> str:
     that is registered already is not registered again. Returns the version.
     """
     uri, name = config.tracking_uri, config.tracking.model_name
+    wait_until_reachable(uri, config.tracking.flush_timeout_s)
     best, info = best_checkpoint(config)
     tags = {
         "run": config.run.name,

@@ -25,6 +25,7 @@ from pipeline.tracking.client import (
     without_password,
 )
 
+KEY_TAG = "run.key"
 PACKAGES = ("torch", "numpy", "ray", "mlflow", "pyarrow", "nvidia-dali-cuda130")
 
 
@@ -46,6 +47,7 @@ def open_run(
     data: TrainingData | None = None,
     config_yaml: str | None = None,
     run_id: str | None = None,
+    key: str | None = None,
     artifacts: str | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> str:
@@ -55,6 +57,8 @@ def open_run(
         uri: tracking server or database.
         params: resolved settings, nested or with dotted keys. When a run goes on with other values than it
             began with, MLflow keeps the old ones; the new ones become tags `resumed.<key>`.
+        key: a name of the caller's own, given to the run as it is made. Without `run_id`, the run of that name is
+            gone on with where there is one: its maker may have died before it could note the id.
         config_yaml: kept as the artifact config.yaml.
         artifacts: where a new experiment keeps its files; by default a server decides, and a SQLite database
             has them in the folder mlartifacts beside it.
@@ -68,11 +72,9 @@ def open_run(
     with explained(uri, f"opening run {run_name!r} of experiment {experiment!r}"):
         if run_id is None:
             group = _experiment(client, uri, experiment, artifacts)
-            run_id = client.create_run(group.experiment_id, run_name=run_name).info.run_id
-            run = client.get_run(run_id)
-        else:
-            run = _existing(client, uri, run_id)
-            client.update_run(run_id, status="RUNNING")
+            run_id = _named(client, group, key) or _make(client, group, run_name, key)
+        run = _existing(client, uri, run_id)
+        client.update_run(run_id, status="RUNNING")
         _describe(client, run, flatten(params), {**machine_tags(), **(tags or {})})
         if data is not None:
             _log_data(client, run_id, data)
@@ -139,6 +141,19 @@ def _experiment(client: MlflowClient, uri: str, name: str, artifacts: str | None
             "tracking.experiment"
         )
     return group
+
+
+def _named(client: MlflowClient, group: Experiment, key: str | None) -> str | None:
+    """The run that was made under this key."""
+    if key is None:
+        return None
+    found = client.search_runs([group.experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+    return found[0].info.run_id if found else None
+
+
+def _make(client: MlflowClient, group: Experiment, run_name: str, key: str | None) -> str:
+    tags = {} if key is None else {KEY_TAG: key}
+    return str(client.create_run(group.experiment_id, run_name=run_name, tags=tags).info.run_id)
 
 
 def _existing(client: MlflowClient, uri: str, run_id: str) -> Run:

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -109,7 +109,7 @@ def write_checkpoint(
     folder = checkpoint_folder(run_folder, images_seen)
     files = {}
     for name, content in contents.items():
-        write_bytes(join(folder, name), cast(bytes, content), storage)  # whatever holds bytes will do
+        write_bytes(join(folder, name), content, storage)
         files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     info = CheckpointInfo(images_seen, config, dataset_digest, results, files)
     write_bytes(join(folder, INDEX), json.dumps(asdict(info), indent=1).encode(), storage)
@@ -139,11 +139,14 @@ def save_checkpoint(
 
 def list_checkpoints(run_folder: str, storage: StorageConfig) -> list[int]:
     """Images seen of every complete checkpoint, ascending."""
-    found = []
-    for name in list_names(checkpoints_folder(run_folder), storage):
-        if name.isdigit() and INDEX in list_names(join(checkpoints_folder(run_folder), name), storage):
-            found.append(int(name))
-    return sorted(found)
+    return [images_seen for images_seen, complete in _folders(run_folder, storage).items() if complete]
+
+
+def _folders(run_folder: str, storage: StorageConfig) -> dict[int, bool]:
+    """Images seen of every checkpoint's folder, ascending, and whether the checkpoint is complete."""
+    folder = checkpoints_folder(run_folder)
+    found = sorted(int(name) for name in list_names(folder, storage) if name.isdigit())
+    return {number: INDEX in list_names(checkpoint_folder(run_folder, number), storage) for number in found}
 
 
 def read_info(folder: str, storage: StorageConfig) -> CheckpointInfo:
@@ -206,6 +209,16 @@ def prune_checkpoints(run_folder: str, keep: int, best: int | None, storage: Sto
                 delete(folder, storage)
     except StorageError as cause:
         print(f"could not delete an old checkpoint: {cause}", flush=True)
+
+
+def delete_unfinished(run_folder: str, up_to: int, storage: StorageConfig) -> None:
+    """Deletes what failed checkpoints left, up to a count of images; a failure only leaves it there."""
+    try:
+        for images_seen, complete in _folders(run_folder, storage).items():
+            if not complete and images_seen <= up_to:
+                delete(checkpoint_folder(run_folder, images_seen), storage)
+    except StorageError as cause:
+        print(f"could not delete what a failed checkpoint left: {cause}", flush=True)
 
 
 def check_same_training(info: CheckpointInfo, config: dict[str, Any], dataset_digest: str, folder: str) -> None:

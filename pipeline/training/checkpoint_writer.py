@@ -1,13 +1,15 @@
 """Checkpoints that do not stop training: copied by its thread, then hashed and written by another, one at a time."""
 
+import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.storage import StorageConfig, StorageError
 from pipeline.training.checkpoint import (
     checkpoint_folder,
+    delete_unfinished,
     files_of,
     find_best,
     prune_checkpoints,
@@ -38,21 +40,34 @@ class CheckpointWriter:
     Args:
         config: the whole resolved configuration, nested.
         keep: so many checkpoints stay, and the best one.
+        before: called in the other thread before each checkpoint; a StorageError of it is left to whoever gave it.
     """
 
     def __init__(
-        self, run_folder: str, config: dict[str, Any], dataset_digest: str, keep: int, storage: StorageConfig
+        self,
+        run_folder: str,
+        config: dict[str, Any],
+        dataset_digest: str,
+        keep: int,
+        storage: StorageConfig,
+        before: Callable[[], None] | None = None,
     ) -> None:
         self.run_folder, self.config, self.dataset_digest = run_folder, config, dataset_digest
-        self.keep, self.storage = keep, storage
+        self.keep, self.storage, self.before = keep, storage, before
         self.snapshot = Snapshot()
         self._attempt: Attempt | None = None
         self._thread = threading.Thread()
+        self._failed = False
 
     @property
     def writing(self) -> bool:
         """Whether the other thread is at work."""
         return self._thread.is_alive()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint was begun and not taken back yet."""
+        return self._attempt is not None
 
     def begin(self, state: TrainState, results: list[dict[str, Any]]) -> None:
         """Copies the state and has the copy written; the state may change as soon as this returns.
@@ -70,16 +85,16 @@ class CheckpointWriter:
         self._thread.start()
         self._attempt = attempt
 
-    def take_back(self, *, wait: bool) -> Attempt | None:
+    def take_back(self, *, wait: bool, timeout_s: float | None = None) -> Attempt | None:
         """The checkpoint that was begun last, once its writing has ended; None where none was, or it goes on.
 
         Args:
-            wait: until it has ended; the store's own limits of time bound that.
+            wait: until it has ended, or until `timeout_s` is over; the store's own limits of time bound it anyhow.
         """
         if self._attempt is None:
             return None
         if wait:
-            self._thread.join()
+            self._thread.join(timeout_s)
         if self.writing:
             return None
         attempt, self._attempt = self._attempt, None
@@ -89,6 +104,11 @@ class CheckpointWriter:
 
     def _write(self, attempt: Attempt, contents: Mapping[str, memoryview]) -> None:
         try:
+            if self.before is not None:
+                with contextlib.suppress(StorageError):
+                    self.before()
+            if self._failed:  # what the last one left takes room that this one may need
+                delete_unfinished(self.run_folder, attempt.images_seen, self.storage)
             write_checkpoint(
                 self.run_folder,
                 attempt.images_seen,
@@ -99,15 +119,17 @@ class CheckpointWriter:
                 storage=self.storage,
             )
         except BaseException as error:  # raised or told where it is taken back
-            attempt.error = error
+            attempt.error, self._failed = error, True
         else:
-            self._tidy()
+            self._failed = False
+            self._tidy(attempt.images_seen)
 
-    def _tidy(self) -> None:
-        """Deletes old checkpoints; a failure only leaves more of them."""
+    def _tidy(self, images_seen: int) -> None:
+        """Deletes old checkpoints, and what failed before this one; a failure only leaves more of them."""
         try:
             best = find_best(self.run_folder, self.storage)
         except StorageError as cause:
             print(f"could not look for old checkpoints: {cause}", flush=True)
         else:
             prune_checkpoints(self.run_folder, self.keep, best, self.storage)
+            delete_unfinished(self.run_folder, images_seen, self.storage)

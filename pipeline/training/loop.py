@@ -20,8 +20,9 @@ from pipeline.models.build import ModelConfig
 from pipeline.models.cips import Generator
 from pipeline.models.sampling import sample_sheet
 from pipeline.pictures import tile
-from pipeline.storage import StorageConfig, StorageError
+from pipeline.storage import StorageConfig, patiently
 from pipeline.training.checkpoint import (
+    CheckpointInfo,
     check_same_training,
     checkpoint_folder,
     list_checkpoints,
@@ -30,6 +31,7 @@ from pipeline.training.checkpoint import (
 )
 from pipeline.training.checkpoint_writer import CheckpointWriter
 from pipeline.training.observers import Observer, RunFolder, Tick
+from pipeline.training.saving import Saving
 from pipeline.training.settings import TrainConfig
 from pipeline.training.state import TrainState, build_state
 from pipeline.training.step import Updates
@@ -82,12 +84,14 @@ def train(
     device: torch.device,
     observers: Sequence[Observer] = (),
     evaluate: Evaluate | None = None,
+    leaving: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Trains from the latest checkpoint in the run's folder, or from nothing, to `train.total_kimg`.
 
     Args:
         observers: told by rank 0 what happens.
         evaluate: called where `train.evaluate_kimg` asks for it.
+        leaving: whether a machine of this training will be taken away; rank 0 asks after each update.
 
     Raises:
         DataError: the data set is not finished or damaged, or its pictures do not fit the model's size.
@@ -96,11 +100,11 @@ def train(
     """
     if plan.train.evaluate_kimg is not None and evaluate is None:
         raise PlanError("train.evaluate_kimg is set, but this process was given nothing to evaluate with")
-    manifest = read_manifest(plan.data.uri, plan.storage)
+    manifest = patiently(lambda: read_manifest(plan.data.uri, plan.storage), "reading the data set", plan.storage)
     augmentation(manifest, plan.data, plan.model.size)
     state = build_state(plan.model, plan.train, plan.seed, device)
-    resumed_from = resume(plan, state, manifest.digest, world)
-    return _Loop(plan, world, device, list(observers), evaluate, manifest, state).run(resumed_from)
+    resumed = resume(plan, state, manifest.digest, world)
+    return _Loop(plan, world, device, list(observers), evaluate, manifest, state, leaving).run(resumed)
 
 
 def check_plan(plan: Plan) -> None:
@@ -116,17 +120,20 @@ def check_plan(plan: Plan) -> None:
         check_same_training(read_info(folder, plan.storage), plan.resolved, manifest.digest, folder)
 
 
-def resume(plan: Plan, state: TrainState, digest: str, world: World) -> int | None:
-    """Loads the latest complete checkpoint; returns its count of images, None where there is none."""
-    latest = (list_checkpoints(plan.folder, plan.storage) or [-1])[-1] if world.rank == 0 else -1
+def resume(plan: Plan, state: TrainState, digest: str, world: World) -> CheckpointInfo | None:
+    """Loads the latest complete checkpoint; returns what its index says, None where there is none."""
+    storage, latest = plan.storage, -1
+    if world.rank == 0:
+        found = patiently(lambda: list_checkpoints(plan.folder, storage), "looking for checkpoints", storage)
+        latest = max(found, default=-1)
     latest = world.agree(latest)  # workers may see a bucket at different moments
     if latest < 0:
         return None
     folder = checkpoint_folder(plan.folder, latest)
-    info = read_info(folder, plan.storage)
+    info = patiently(lambda: read_info(folder, storage), "reading a checkpoint", storage)
     check_same_training(info, plan.resolved, digest, folder)
-    load_checkpoint(folder, state, info, plan.storage)
-    return latest
+    patiently(lambda: load_checkpoint(folder, state, info, storage), "reading a checkpoint", storage)
+    return info
 
 
 class _Loop:
@@ -141,45 +148,60 @@ class _Loop:
         evaluate: Evaluate | None,
         manifest: Manifest,
         state: TrainState,
+        leaving: Callable[[], bool],
     ) -> None:
         self.plan, self.world, self.device, self.evaluate = plan, world, device, evaluate
         self.manifest, self.state = manifest, state
         self.updates = Updates(plan.train, plan.model, plan.seed, state, world, device)
-        self.observers = observers if world.rank == 0 else []
+        folder, storage = plan.folder, plan.storage
+        self.log: list[dict[str, Any]] = []
+        self.observers: list[Observer] = []
+        before: Callable[[], None] | None = None
         if world.rank == 0:
-            self.observers.append(RunFolder(plan.folder, plan.storage, state.images_seen))
+            kept = patiently(lambda: RunFolder(folder, storage, state.images_seen), "reading the log", storage)
+            self.log, self.observers = kept.lines, [*observers, kept]
+            before = kept.write_log  # so that no checkpoint stands before the log up to it
         # Only rank 0 writes.
-        self.writer = CheckpointWriter(
-            plan.folder, plan.resolved, manifest.digest, plan.train.keep_checkpoints, plan.storage
-        )
+        writer = CheckpointWriter(folder, plan.resolved, manifest.digest, plan.train.keep_checkpoints, storage, before)
+        self.saving = Saving(writer, self.observers, storage.total_timeout_s)
+        self.leaving, self.noticed = leaving, False
         self.results: list[dict[str, Any]] = []
-        self.unsaved = False
         self.began = self.tick_time = time.perf_counter()
         self.tick_images, self.tick_wait, self.tick_replaced = state.images_seen, 0.0, 0
         self.tick_pause = 0.0
 
-    def run(self, resumed_from: int | None) -> Outcome:
+    def run(self, resumed: CheckpointInfo | None) -> Outcome:
         plan, state = self.plan, self.state
         total = plan.train.total_images
         with contextlib.ExitStack() as stack:
             for observer in self.observers:
                 stack.callback(observer.close)
-            stack.callback(self._leave)
+            stack.callback(self.saving.leave)
             stream = stack.enter_context(self._stream())
-            if resumed_from is None:
+            if resumed is None:
                 self._show_reals()
                 self._boundary(stream)
+            else:
+                for observer in self.observers:
+                    observer.resumed(resumed.images_seen, self.log)
+                    # Told again: the process that wrote it may have died before it could tell.
+                    observer.checkpoint(
+                        checkpoint_folder(plan.folder, resumed.images_seen), resumed.images_seen, resumed.results
+                    )
             while state.images_seen < total:
                 self.updates(next(stream))
+                heard = self._hears_notice()
                 if self._due(plan.train.tick_kimg, plan.train.checkpoint_kimg, plan.train.evaluate_kimg):
                     self._boundary(stream)
-            self._finish()
+                elif heard and self._finite():
+                    self.tick_pause += self.saving.begin(state, [])
+            self.saving.finish(state, self.results if plan.train.evaluate_kimg is not None else [], self.world)
         return Outcome(
             state.images_seen,
             checkpoint_folder(plan.folder, state.images_seen),
             time.perf_counter() - self.began,
-            resumed_from or 0,
-            self.results or self._last_results(),
+            resumed.images_seen if resumed else 0,
+            resumed.results if resumed and resumed.images_seen == state.images_seen else self.results,
         )
 
     def _stream(self) -> DataStream:
@@ -213,13 +235,26 @@ class _Loop:
             self.results = [self.evaluate(self.state.average, seen)]
         results = self.results if evaluated else []
         if self.world.rank == 0:
-            self._look_after_checkpoint(wait=False)
+            self.saving.look()
             # Told before it is saved: once a checkpoint stands, nothing before it will be told again.
             self._tell(stream, scalars, results)
         self.tick_time, self.tick_images, self.tick_wait = time.perf_counter(), seen, stream.wait_seconds
         self.tick_pause = 0.0
-        if self.world.rank == 0 and (self.unsaved or self._due(train.checkpoint_kimg)):
-            self._save(results)
+        unsaved = self.saving.unsaved or (self.noticed and not self.saving.writer.busy)
+        if self.world.rank == 0 and (unsaved or self._due(train.checkpoint_kimg)):
+            self.tick_pause = self.saving.begin(self.state, results)
+
+    def _hears_notice(self) -> bool:
+        """Whether rank 0 hears just now that a machine goes away: a checkpoint is due, and one at each tick."""
+        if self.noticed or self.world.rank != 0 or not self.leaving():
+            return False
+        print("a node of this run will be taken away: a checkpoint now, and at each tick from here on", flush=True)
+        self.noticed = self.saving.unsaved = True
+        return True
+
+    def _finite(self) -> bool:
+        """Whether training has not diverged since the losses were looked at: that is not worth a checkpoint."""
+        return all(bool(torch.isfinite(weight).all()) for weight in self.state.generator.parameters())
 
     def _replaced(self, stream: DataStream) -> dict[str, float]:
         """How many pictures since the last tick stood in for damaged ones, over all workers; a collective call."""
@@ -228,47 +263,6 @@ class _Loop:
         replaced = stream.replaced
         since, self.tick_replaced = replaced - self.tick_replaced, replaced
         return {"data/replaced": self.world.sum_(torch.tensor([float(since)], device=self.device)).item()}
-
-    def _save(self, results: list[dict[str, Any]]) -> None:
-        """Has a copy of the state written; training goes on as soon as it is made and the one before is through."""
-        began = time.perf_counter()
-        self._look_after_checkpoint(wait=True)
-        self.unsaved = False
-        self.writer.begin(self.state, results)
-        self.tick_pause = time.perf_counter() - began
-
-    def _look_after_checkpoint(self, *, wait: bool) -> None:
-        """Tells of a checkpoint that stands by now. One that failed is tried again at the next tick (promise 8)."""
-        cause = self._take_back(wait=wait)
-        if cause is not None:
-            if not isinstance(cause, StorageError):
-                raise cause
-            self.unsaved = True
-
-    def _take_back(self, *, wait: bool) -> BaseException | None:
-        """Takes back the checkpoint that was being written and tells of it if it stands; returns what failed."""
-        attempt = self.writer.take_back(wait=wait)
-        if attempt is None:
-            return None
-        if attempt.error is not None:
-            print(f"no checkpoint at {attempt.images_seen} images: {attempt.error}", flush=True)
-            return attempt.error
-        for observer in self.observers:
-            observer.checkpoint(attempt.folder, attempt.images_seen, attempt.results)
-        return None
-
-    def _finish(self) -> None:
-        """Returns when the last checkpoint stands. Where it cannot be written the run fails, on every worker."""
-        cause = self._take_back(wait=True)
-        stands = self.world.agree(int(cause is None))
-        if cause is not None:
-            raise cause
-        if not stands:
-            raise StorageError("rank 0 could not write the last checkpoint; its own error says why")
-
-    def _leave(self) -> None:
-        """However training ended: what is being written is written, and told if it stands."""
-        self._take_back(wait=True)
 
     def _tell(self, stream: DataStream, scalars: dict[str, float], results: list[dict[str, Any]]) -> None:
         plan, seen = self.plan, self.state.images_seen
@@ -286,6 +280,7 @@ class _Loop:
             scalars=scalars,
             results=results,
             checkpoint_seconds=self.tick_pause,
+            time=time.time(),
         )
         for observer in self.observers:
             observer.tick(tick)
@@ -302,14 +297,9 @@ class _Loop:
             for observer in self.observers:
                 observer.sheet("reals", 0, sheet)
 
-    def _last_results(self) -> list[dict[str, Any]]:
-        """The distances that the last checkpoint carries: a finished run that is started again knows them."""
-        folder = checkpoint_folder(self.plan.folder, self.state.images_seen)
-        return read_info(folder, self.plan.storage).results
-
     def _divergence(self, scalars: dict[str, float]) -> str:
         bad = ", ".join(f"{name}={value}" for name, value in scalars.items() if not math.isfinite(value))
-        self._take_back(wait=True)
+        self.saving.leave()
         saved = list_checkpoints(self.plan.folder, self.plan.storage)
         good = (
             f"the last good checkpoint is {checkpoint_folder(self.plan.folder, saved[-1])}"

@@ -1,13 +1,22 @@
 """Those who watch a training. Rank 0 tells them what happens; watching is cheap and never stops it (promise 8)."""
 
 import json
+import sys
+import threading
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from pipeline.pictures import encode_png
-from pipeline.storage import MissingError, StorageConfig, StorageError, join, read_bytes, write_bytes
+from pipeline.storage import MissingError, StorageConfig, join, read_bytes, write_bytes
+from pipeline.training.delivery import Entry, Lane, say
+
+LINE_WAIT_S, CLOSE_WAIT_S = 1.0, 10.0
+SHEETS_BYTES = 64 << 20
+"""Sheets that wait for the store hold at most this; the oldest are left out."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,8 @@ class Tick:
     """Distances measured here, each with its protocol."""
     checkpoint_seconds: float = 0.0
     """Since the last tick, that training stood still for a checkpoint: to copy the state, and for the one before."""
+    time: float = 0.0
+    """Unix time on the clock of the machine that told; 0 in logs of before it was kept."""
 
     def metrics(self) -> dict[str, float]:
         """All numbers under the names that trackers show."""
@@ -70,6 +81,9 @@ def duration(seconds: float) -> str:
 class Observer:
     """Does nothing; each kind of watcher overrides what it wants to know."""
 
+    def resumed(self, images_seen: int, log: list[dict[str, Any]]) -> None:
+        """Training goes on from a checkpoint, of which `checkpoint` tells next; the log's lines up to it."""
+
     def tick(self, tick: Tick) -> None:
         """Numbers since the last tick."""
 
@@ -77,39 +91,60 @@ class Observer:
         """A sheet of pictures: `reals` once, `samples` at each tick."""
 
     def checkpoint(self, folder: str, images_seen: int, results: list[dict[str, Any]]) -> None:
-        """A checkpoint stands: written while training went on, and told at the next tick or at the end."""
+        """A checkpoint stands: written while training went on and told at the next tick or the end, or resumed from."""
 
     def close(self) -> None:
         """The training ended, well or not."""
 
 
-class Printer(Observer):
-    """Prints each status line."""
-
-    def tick(self, tick: Tick) -> None:
-        print(tick.line(), flush=True)
-
-
 class RunFolder(Observer):
-    """Keeps `log.jsonl` and the sheets in the run's folder; lines of images that a restart repeats are replaced."""
+    """Keeps `log.jsonl` and the sheets in the run's folder; lines of images that a restart repeats are replaced.
+
+    Threads of its own write them: a store that is away delays them, and a tick waits LINE_WAIT_S at most for its line.
+    """
 
     def __init__(self, folder: str, storage: StorageConfig, images_seen: int) -> None:
         self.folder, self.storage = folder, storage
         self.lines = [line for line in read_log(folder, storage) if line["images_seen"] <= images_seen]
+        self._written, self._writing = self.lines, threading.Lock()
+        receiver = f"the store of {folder}"
+        self._log = Lane("log lines", receiver, self._send_lines, most_together=sys.maxsize)
+        self._sheets = Lane("sheets", receiver, self._send_sheet, most_bytes=SHEETS_BYTES)
 
     def tick(self, tick: Tick) -> None:
         self.lines = [line for line in self.lines if line["images_seen"] < tick.images_seen] + [asdict(tick)]
-        self._write("log.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+        self._log.put(Entry("line", f"line of {tick.images_seen} images", None, tick.images_seen, 0, weight=1))
+        self._log.settle(LINE_WAIT_S)
 
     def sheet(self, name: str, images_seen: int, image_HWC: np.ndarray) -> None:
         path = f"{name}.png" if name == "reals" else join(name, f"{images_seen:010d}.png")
-        self._write(path, encode_png(image_HWC))
+        picture = encode_png(image_HWC)
+        self._sheets.put(Entry("sheet", path, picture, images_seen, 0, size=len(picture)))
 
-    def _write(self, name: str, data: bytes) -> None:
-        try:
-            write_bytes(join(self.folder, name), data, self.storage)
-        except (OSError, StorageError) as cause:
-            print(f"could not write {join(self.folder, name)}, training goes on: {cause}", flush=True)
+    def close(self) -> None:
+        deadline = time.monotonic() + CLOSE_WAIT_S
+        lanes = (self._log, self._sheets)
+        for lane in lanes:
+            lane.wait_until_empty(max(0.0, deadline - time.monotonic()))
+            lane.stop()
+        if left := sum(lane.undelivered for lane in lanes):
+            say(f"{left} log lines and sheets were not written to {self.folder}")
+
+    def write_log(self) -> None:
+        """Writes the lines so far, unless they stand there. Raises StorageError; safe from any thread."""
+        with self._writing:
+            lines = self.lines
+            if lines is not self._written:
+                text = "".join(json.dumps(line) + "\n" for line in lines)
+                write_bytes(join(self.folder, "log.jsonl"), text.encode(), self.storage)
+                self._written = lines
+
+    def _send_lines(self, entries: Sequence[Entry]) -> None:
+        self.write_log()  # whichever lines wait: the file holds all
+
+    def _send_sheet(self, entries: Sequence[Entry]) -> None:
+        (entry,) = entries
+        write_bytes(join(self.folder, entry.name), entry.content, self.storage)
 
 
 def read_log(folder: str, storage: StorageConfig) -> list[dict[str, Any]]:

@@ -88,6 +88,7 @@ def test_what_cannot_be_done_is_said_in_one_message(folder: Path) -> None:
     assert "Traceback" not in job("train", folder, "train.batch_size=10", code=2)
 
 
+@pytest.mark.cluster
 def test_two_workers_on_a_cluster_of_their_own_and_the_demo(folder: Path) -> None:
     """The demo's own job at a size for a test: its summary and its sheet."""
     settings = [

@@ -10,7 +10,7 @@ from pipeline.config import load_config
 from pipeline.training.world import World
 from tests.small import SMALL_SETTINGS
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow]
 
 
 def test_results_of_all_workers_come_back_by_rank() -> None:

@@ -1,11 +1,12 @@
 """The queue that stands between training and a tracking server: order, retries, refusals, memory."""
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import pytest
 
-from pipeline.tracking.delivery import Entry, Lane, RefusedError
+from pipeline.training.delivery import Entry, Lane, RefusedError
 
 DEADLINE_S = 30.0
 
@@ -67,8 +68,8 @@ def test_an_outage_delays_and_loses_nothing(receiver: Receiver, capsys: pytest.C
     assert lane.wait_until_empty(DEADLINE_S)
     assert receiver.steps == list(range(60))
     printed = capsys.readouterr().out
-    assert printed.count("does not answer (down); training goes on, scalars wait") == 1
-    assert printed.count("the server answers again") == 1
+    assert printed.count("fails (down); training goes on, scalars wait") == 1
+    assert printed.count("the server works again") == 1
 
 
 def test_entries_with_weight_travel_together_up_to_the_limit(receiver: Receiver) -> None:
@@ -132,8 +133,38 @@ def test_stopping_ends_the_thread_and_keeps_count(receiver: Receiver) -> None:
     lane = lane_to(receiver)
     lane.put(entry(0))
     assert receiver.tried.acquire(timeout=DEADLINE_S)
-    (thread,) = [one for one in threading.enumerate() if one.name == "tracking-scalars"][-1:]
+    (thread,) = [one for one in threading.enumerate() if one.name == "deliver-scalars"][-1:]
     lane.stop()
     thread.join(DEADLINE_S)
     assert not thread.is_alive() and threading.active_count() <= before
     assert lane.undelivered == 1
+
+
+def test_settling_waits_for_the_receiver_but_not_for_one_that_fails(receiver: Receiver) -> None:
+    lane = lane_to(receiver)
+    receiver.up.set()
+    lane.put(entry(0))
+    assert lane.settle(DEADLINE_S) and receiver.steps == [0]
+    receiver.up.clear()
+    lane.put(entry(1))
+    assert not lane.settle(DEADLINE_S), "it ended because the first try failed"
+    lane.put(entry(2))
+    assert not lane.settle(DEADLINE_S), "the receiver is known to fail"
+    receiver.up.set()
+    assert lane.wait_until_empty(DEADLINE_S) and lane.settle(DEADLINE_S)
+    assert receiver.steps == [0, 1, 2]
+
+
+def test_settling_waits_no_longer_than_asked_for_a_receiver_that_hangs() -> None:
+    answered = threading.Event()
+
+    def hang(entries: Sequence[Entry]) -> None:
+        answered.wait(DEADLINE_S)
+
+    lane = lane_to(hang)
+    lane.put(entry(0))
+    began = time.monotonic()
+    assert not lane.settle(0.05)
+    assert time.monotonic() - began < DEADLINE_S / 2
+    lane.stop()
+    answered.set()

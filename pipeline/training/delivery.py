@@ -1,4 +1,4 @@
-"""A queue in memory with a thread that delivers its entries in order, however long the receiver is away."""
+"""A queue in memory with a thread that delivers its entries in order, however long the receiver is away (promise 8)."""
 
 import threading
 import time
@@ -58,7 +58,7 @@ class Lane:
         self._stopped = False
         self._down_since: float | None = None
         self._changed = threading.Condition()
-        threading.Thread(target=self._deliver, name=f"tracking-{label}", daemon=True).start()
+        threading.Thread(target=self._deliver, name=f"deliver-{label}", daemon=True).start()
 
     @property
     def undelivered(self) -> int:
@@ -92,6 +92,14 @@ class Lane:
                 return self._changed.wait_for(lambda: not self._waiting and not self._sending, timeout_s)
             finally:
                 self._hurried -= 1
+
+    def settle(self, timeout_s: float) -> bool:
+        """Waits until nothing waits, or the receiver is known to fail, at most so long. Whether nothing waits."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not (self._waiting or self._sending) or self._down_since is not None, timeout_s
+            )
+            return not (self._waiting or self._sending)
 
     def stop(self) -> None:
         """Ends the thread after the try that is under way; what waits stays undelivered."""
@@ -148,13 +156,14 @@ class Lane:
             self._changed.notify_all()
             if self._down_since is not None:
                 seconds, self._down_since = time.monotonic() - self._down_since, None
-                say(f"{self.receiver} answers again after {seconds:.0f} s; {self.label} are sent on")
+                say(f"{self.receiver} works again after {seconds:.0f} s; {self.label} are sent on")
 
     def _pause(self, pause: float, cause: Exception) -> None:
         with self._changed:
             if self._down_since is None and not self._stopped:
                 self._down_since = time.monotonic()
-                say(f"{self.receiver} does not answer ({short(cause)}); training goes on, {self.label} wait")
+                say(f"{self.receiver} fails ({short(cause)}); training goes on, {self.label} wait")
+                self._changed.notify_all()
             before = self._hurried
             seconds = FIRST_PAUSE_S if before else pause
             self._changed.wait_for(lambda: self._stopped or self._hurried > before, seconds)

@@ -1,0 +1,217 @@
+"""Workers die, hang, and lose their driver; the run ends where the undisturbed one does, bit for bit (promise 5)."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from pipeline.cluster import training
+from pipeline.cluster.session import ClusterError
+from pipeline.cluster.training import train_on_ray
+from pipeline.config import Config, load_config, to_yaml
+from pipeline.data.stream import DataConfig
+from pipeline.training.checkpoint import list_checkpoints
+from pipeline.training.notes import read_restarts
+from pipeline.training.observers import read_log
+from tests import ray_workers
+from tests.faults import (
+    alive,
+    half_written,
+    images_seen,
+    kill_between,
+    last_checkpoint,
+    recovery,
+    starts,
+    train_during,
+    wait_for_images,
+    wait_for_start,
+    wait_until,
+)
+from tests.ray_nodes import ray_nodes
+from tests.small import SMALL_SETTINGS, small_data
+
+pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[2]
+TOTAL, TICK = 960, 40
+SETTINGS = [
+    *SMALL_SETTINGS,
+    "data.decoder=pillow",
+    "train.precision=fp32",
+    "train.r1_gamma=1",
+    "train.r1_interval=4",
+    f"train.total_kimg={TOTAL / 1000}",
+    f"train.tick_kimg={TICK / 1000}",
+    "train.checkpoint_kimg=0.08",
+    f"train.evaluate_kimg={TOTAL / 2000}",
+    "evaluate.images=64",
+    "evaluate.input_size=32",
+    "cluster.workers=2",
+    "cluster.threads_per_worker=1",
+    "cluster.health_check_interval_s=0.5",
+    "tracking.enabled=false",
+]
+STORY_S = 180.0  # for what has to happen in a run before a fault
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    return small_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with ray_nodes(2, cpus=1) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+def config_of(folder: Path, name: str, data: DataConfig, address: str, *more: str) -> Config:
+    places = [f"data.uri={data.uri}", f"run.dir={folder}", f"run.name={name}", f"cluster.address={address}"]
+    return load_config(None, [*SETTINGS, *places, *more])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path, data: DataConfig, address: str) -> Config:
+    """The run that all others are compared with."""
+    config = config_of(folder, "undisturbed", data, address)
+    assert train_on_ray(config, None).images_seen == TOTAL
+    assert read_restarts(config.run_uri, config.storage) == []
+    return config
+
+
+def check_same_end(config: Config, undisturbed: Config) -> None:
+    """No tick is missing or told twice, the last checkpoint stands, and it holds the same bits."""
+    ticks = [line["images_seen"] for line in read_log(config.run_uri, config.storage)]
+    assert ticks == list(range(0, TOTAL + 1, TICK))
+    assert list_checkpoints(config.run_uri, config.storage)[-1] == TOTAL
+    assert last_checkpoint(config) == last_checkpoint(undisturbed)
+
+
+def test_workers_die_in_a_step_in_an_upload_and_in_an_evaluation(
+    folder: Path, data: DataConfig, address: str, undisturbed: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(folder, "killed", data, address)
+    monkeypatch.setattr(training, "worker", ray_workers.signing)
+    halves = []
+
+    def story() -> None:
+        first = wait_for_start(config, 1)
+        wait_for_images(config, 4 * TICK, STORY_S)
+        os.kill(first[1]["pid"], signal.SIGKILL)  # in an update, unless between two of them
+        recovery(config, 2, time.time())
+
+        second = wait_for_start(config, 2)
+        looking = partial(half_written, config)
+        kill_between(second[0]["pid"], "writing a checkpoint", looking, lambda: looking() is None, STORY_S)
+        halves.append(looking())
+        recovery(config, 3, time.time())
+
+        third = wait_for_start(config, 3)
+        begun, ended = (ray_workers.sign(config, what, TOTAL // 2, 1) for what in ("begun", "ended"))
+        kill_between(third[1]["pid"], "evaluating", begun.exists, ended.exists, STORY_S)
+        recovery(config, 4, time.time())
+
+    outcome = train_during(config, story)
+
+    causes = [restart["cause"] for restart in read_restarts(config.run_uri, config.storage)]
+    assert len(causes) == 3 and len(starts(config)) == 4
+    assert "worker 1: " in causes[0] and "worker 0: " in causes[1] and "worker 1: " in causes[2]
+    (half,) = halves
+    assert half is not None and int(half.name) > 0
+    assert (TOTAL // 2 - 2 * TICK) <= outcome.resumed_from <= TOTAL // 2
+    assert [result["metric"] for result in outcome.results] == ["fd_efficientnet_lite0"]
+    check_same_end(config, undisturbed)
+
+
+def test_a_worker_that_hangs_is_taken_for_dead(
+    folder: Path, data: DataConfig, address: str, undisturbed: Config
+) -> None:
+    patience = 4.0
+    config = config_of(folder, "hung", data, address, f"cluster.health_check_timeout_s={patience}")
+    hung: list[tuple[int, float]] = []
+
+    def story() -> None:
+        pid = wait_for_start(config, 1)[1]["pid"]
+        wait_for_images(config, 4 * TICK, STORY_S)
+        os.kill(pid, signal.SIGSTOP)
+        hung.append((pid, time.time()))
+        recovery(config, 2, time.time())
+
+    train_during(config, story)
+
+    ((pid, since),) = hung
+    (restart,) = read_restarts(config.run_uri, config.storage)
+    assert restart["cause"] == f"worker 1: no answer for {patience:g} s (cluster.health_check_timeout_s)"
+    print(f"DETECTED {config.run.name}: {restart['time'] - since:.1f} s after it hung")
+    assert patience <= restart["time"] - since <= patience + 3.0
+    wait_until(f"the end of process {pid}, which hung", 30.0, lambda: not alive(pid))
+    check_same_end(config, undisturbed)
+
+
+def test_the_driver_dies_and_the_same_command_goes_on(
+    folder: Path, data: DataConfig, address: str, undisturbed: Config, tmp_path: Path
+) -> None:
+    tracking = ["tracking.enabled=true", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", "tracking.model_name=driver"]
+    config = config_of(folder, "driver", data, address, *tracking)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    command = [sys.executable, "-m", "jobs.train", "--config", str(tmp_path / "config.yaml")]
+
+    def submitted(log: str) -> subprocess.Popen[bytes]:
+        with (tmp_path / log).open("wb") as output:
+            home = os.environ | {"HOME": str(tmp_path)}
+            return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=home)
+
+    with submitted("first.log") as driver:
+        try:
+            workers = wait_for_start(config, 1)
+            wait_for_images(config, 4 * TICK, STORY_S)
+        finally:
+            driver.kill()
+    killed = time.time()
+    with submitted("second.log") as driver:  # at once, as an impatient scheduler does
+        try:
+            left = partial(filter, alive, [worker["pid"] for worker in workers])
+            wait_until("the end of the first driver's workers", 30.0, lambda: not list(left()))
+            recovery(config, 2, killed)
+            code = driver.wait(120)
+        finally:
+            driver.kill()
+    said = (tmp_path / "second.log").read_text()
+    assert code == 0, said[-3000:]
+    assert f"trained {TOTAL / 1000:g} kimg" in said and "registered driver version 1" in said
+    assert len(starts(config)) == 2
+    check_same_end(config, undisturbed)
+
+    client = MlflowClient(config.tracking_uri)
+    (experiment,) = [found for found in client.search_experiments() if found.name == config.tracking.experiment]
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    steps = {metric.step for metric in client.get_metric_history(run.info.run_id, "loss/D")}
+    assert steps == set(range(TICK, TOTAL + 1, TICK))
+
+
+def test_a_cluster_that_is_too_small_is_told_in_time(
+    folder: Path, data: DataConfig, address: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    few = ["cluster.workers=3", "train.batch_size=12", "cluster.worker_start_timeout_s=3"]
+    config = config_of(folder, "too-many", data, address, *few)
+    began = time.monotonic()
+    with pytest.raises(ClusterError) as told:
+        train_on_ray(config, None)
+    assert 3.0 <= time.monotonic() - began <= 10.0
+    for part in ("after 3 s", "3 workers with 1 CPU each", "room for 2, with 2 CPU on 3 nodes", "min_workers"):
+        assert part in str(told.value)
+    assert "waiting for machines, 3 s at most" in capfd.readouterr().out
+    assert images_seen(config) == -1
