@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
@@ -72,7 +73,9 @@ def test_pins_are_exact_and_name_no_place() -> None:
 
 def test_what_is_installed_is_what_is_pinned() -> None:
     installed: dict[str, str] = {
-        canonicalize_name(found.metadata["Name"]): found.version for found in importlib.metadata.distributions()
+        canonicalize_name(found.metadata["Name"]): found.version
+        # Not all of sys.path: setuptools adds its own copies of some packages once it is imported.
+        for found in importlib.metadata.distributions(path=[sysconfig.get_path("purelib")])
     }
     for name in PINS.keys() & installed.keys():
         assert installed[name].split("+")[0] == PINS[name], f"{name} {installed[name]} is installed"
