@@ -33,6 +33,18 @@ SMALL_SETTINGS = [
 ]
 """The same model and batch on a command line."""
 
+SMALL_CLUSTER_SETTINGS = [
+    *SMALL_SETTINGS,
+    "data.decoder=pillow",
+    "train.precision=fp32",
+    "train.r1_gamma=1",
+    "cluster.workers=2",
+    "cluster.threads_per_worker=1",
+    "cluster.health_check_interval_s=0.5",
+    "tracking.enabled=false",
+]
+"""On two workers of Ray, whose death is noticed soon and whose sums are the same bits each time."""
+
 
 def small_train(**changes: Any) -> TrainConfig:
     """Eight pictures an update, a tick each four updates."""

@@ -5,6 +5,7 @@ Shapes: B pictures, C channels, H height, W width, I channels in, O channels out
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,11 @@ from pipeline.models.build import ModelConfig, build_generator
 from pipeline.models.cips import Generator, Group
 from pipeline.models.encoding import coordinate_noise
 from pipeline.models.layers import GAIN, SLOPE, ModulatedLinear, ToRGB
+
+Modulated = Callable[[ModulatedLinear, Tensor, Tensor, Tensor | None], Tensor]
+"""(layer, x, w, noise) to the layer's result."""
+ToColours = Callable[[ToRGB, Tensor, Tensor], Tensor]
+"""(layer, x, w) to RGB."""
 
 
 class ReferenceGenerator(Generator):
@@ -28,16 +34,24 @@ class ReferenceGenerator(Generator):
         if keys is not None:
             maps = coordinate_noise(coordinates, keys, self.size, self.layers)
             noise = [one.reshape(-1, 1, points // width, width) for one in maps]
-        x_BCHW = styled(self.first, x_BCHW, w_BZ, noise[0])
-        rgb_B3HW: Tensor | None = None
-        for index, group in enumerate(self.groups):
-            assert isinstance(group, Group)
-            x_BCHW = styled(group.linear_0, x_BCHW, w_BZ, noise[2 * index + 1])
-            x_BCHW = styled(group.linear_1, x_BCHW, w_BZ, noise[2 * index + 2])
-            colour_B3HW = colours(group.to_rgb, x_BCHW, w_BZ)
-            rgb_B3HW = colour_B3HW if rgb_B3HW is None else rgb_B3HW + colour_B3HW
-        assert rgb_B3HW is not None
+        rgb_B3HW = layer_by_layer(self, x_BCHW, w_BZ, noise, styled, colours)
         return rgb_B3HW.flatten(2).transpose(1, 2)
+
+
+def layer_by_layer(
+    generator: Generator, x: Tensor, w_BZ: Tensor, noise: Sequence[Tensor | None], modulated: Modulated, rgb: ToColours
+) -> Tensor:
+    """The RGB of all groups, summed, by other forms of ModFC and ToRGB; pixels may be laid out in any way."""
+    x = modulated(generator.first, x, w_BZ, noise[0])
+    total: Tensor | None = None
+    for index, group in enumerate(generator.groups):
+        assert isinstance(group, Group)
+        x = modulated(group.linear_0, x, w_BZ, noise[2 * index + 1])
+        x = modulated(group.linear_1, x, w_BZ, noise[2 * index + 2])
+        colour = rgb(group.to_rgb, x, w_BZ)
+        total = colour if total is None else total + colour
+    assert total is not None
+    return total
 
 
 def reference_generator(model: ModelConfig) -> Generator:

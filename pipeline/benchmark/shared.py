@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.benchmark.reference import layer_by_layer
 from pipeline.models.build import ModelConfig, build_generator
-from pipeline.models.cips import Generator, Group
+from pipeline.models.cips import Generator
 from pipeline.models.encoding import coordinate_noise
 from pipeline.models.layers import GAIN, SLOPE, ModulatedLinear, ToRGB
 from pipeline.ops.modulated_linear import EPSILON
@@ -23,16 +24,7 @@ class SharedGenerator(Generator):
         noise: list[Tensor | None] = [None] * self.layers
         if keys is not None:
             noise = list(coordinate_noise(coordinates, keys, self.size, self.layers))
-        x_BPC = scaled(self.first, self.encoding(coordinates), w_BZ, noise[0])
-        rgb_BP3: Tensor | None = None
-        for index, group in enumerate(self.groups):
-            assert isinstance(group, Group)
-            x_BPC = scaled(group.linear_0, x_BPC, w_BZ, noise[2 * index + 1])
-            x_BPC = scaled(group.linear_1, x_BPC, w_BZ, noise[2 * index + 2])
-            colour_BP3 = colours(group.to_rgb, x_BPC, w_BZ)
-            rgb_BP3 = colour_BP3 if rgb_BP3 is None else rgb_BP3 + colour_BP3
-        assert rgb_BP3 is not None
-        return rgb_BP3
+        return layer_by_layer(self, self.encoding(coordinates), w_BZ, noise, scaled, colours)
 
 
 def shared_generator(model: ModelConfig) -> Generator:

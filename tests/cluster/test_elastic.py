@@ -25,31 +25,19 @@ from tests import ray_workers
 from tests.ddp import default_dtype, one_thread
 from tests.faults import recovery, starts, train_during, wait_for_images, wait_for_start
 from tests.ray_nodes import ray_cluster
-from tests.small import SMALL_SETTINGS, small_data
+from tests.small import SMALL_CLUSTER_SETTINGS
 
 pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 TOTAL, TICK = 640, 40
 SETTINGS = [
-    *SMALL_SETTINGS,
-    "data.decoder=pillow",
-    "train.precision=fp32",
-    "train.r1_gamma=1",
+    *SMALL_CLUSTER_SETTINGS,
     "train.r1_interval=4",
     f"train.total_kimg={TOTAL / 1000}",
     f"train.tick_kimg={TICK / 1000}",
     f"train.checkpoint_kimg={TICK / 1000}",
-    "cluster.workers=2",
-    "cluster.threads_per_worker=1",
-    "cluster.health_check_interval_s=0.5",
     "cluster.resize_interval_s=1",
-    "tracking.enabled=false",
 ]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    return small_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -38,23 +38,16 @@ from tests.ddp import on_workers
 from tests.faults import starts
 from tests.network import Machine, Network, network
 from tests.servers import s3_server
-from tests.small import SMALL_SETTINGS, small_pictures
+from tests.small import SMALL_CLUSTER_SETTINGS, small_pictures
 
 pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 TOTAL, TICK, CHECKPOINT = 1200, 80, 160
 SMALL = [
-    *SMALL_SETTINGS,
+    *SMALL_CLUSTER_SETTINGS,
     f"train.total_kimg={TOTAL / 1000}",
     f"train.tick_kimg={TICK / 1000}",
     f"train.checkpoint_kimg={CHECKPOINT / 1000}",
-    "train.precision=fp32",
-    "train.r1_gamma=1",
-    "data.decoder=pillow",
-    "cluster.workers=2",
-    "cluster.threads_per_worker=1",
-    "cluster.health_check_interval_s=0.5",
-    "tracking.enabled=false",
 ]
 # How the head looks after its nodes: it waits so long for an answer, asks again after a pause, and gives up a node
 # that was silent so often.

@@ -11,23 +11,16 @@ from pipeline.training.notes import read_restarts
 from pipeline.training.observers import read_log
 from tests.faults import last_checkpoint, recovery, starts, train_during, wait_for_images
 from tests.ray_nodes import ray_cluster
-from tests.small import SMALL_SETTINGS, small_data
+from tests.small import SMALL_CLUSTER_SETTINGS, small_data
 
 pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 TOTAL, TICK = 1200, 80
 SETTINGS = [
-    *SMALL_SETTINGS,
+    *SMALL_CLUSTER_SETTINGS,
     f"train.total_kimg={TOTAL / 1000}",
     f"train.tick_kimg={TICK / 1000}",
     "train.checkpoint_kimg=0.16",
-    "train.precision=fp32",
-    "train.r1_gamma=1",
-    "data.decoder=pillow",
-    "cluster.workers=2",
-    "cluster.threads_per_worker=1",
-    "cluster.health_check_interval_s=0.5",
-    "tracking.enabled=false",
 ]
 
 

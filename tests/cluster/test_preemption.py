@@ -20,32 +20,20 @@ from pipeline.training.observers import read_log
 from tests import ray_workers
 from tests.faults import images_seen, last_checkpoint, recovery, starts, train_during, wait_for_start, wait_until
 from tests.ray_nodes import ray_cluster
-from tests.small import SMALL_SETTINGS, small_data
+from tests.small import SMALL_CLUSTER_SETTINGS
 
 pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 TOTAL, TICK, BATCH = 640, 40, 8
 NOTICE_S = 25
 SETTINGS = [
-    *SMALL_SETTINGS,
-    "data.decoder=pillow",
-    "train.precision=fp32",
-    "train.r1_gamma=1",
+    *SMALL_CLUSTER_SETTINGS,
     f"train.total_kimg={TOTAL / 1000}",
     f"train.tick_kimg={TICK / 1000}",
     "train.checkpoint_kimg=0.32",
     "train.keep_checkpoints=100",
-    "cluster.workers=2",
-    "cluster.threads_per_worker=1",
-    "cluster.health_check_interval_s=0.5",
     "cluster.max_failures=0",  # a preemption is none
-    "tracking.enabled=false",
 ]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    return small_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

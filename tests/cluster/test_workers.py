@@ -35,17 +35,14 @@ from tests.faults import (
     wait_until,
 )
 from tests.ray_nodes import ray_nodes
-from tests.small import SMALL_SETTINGS, small_data
+from tests.small import SMALL_CLUSTER_SETTINGS
 
 pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 TOTAL, TICK = 960, 40
 SETTINGS = [
-    *SMALL_SETTINGS,
-    "data.decoder=pillow",
-    "train.precision=fp32",
-    "train.r1_gamma=1",
+    *SMALL_CLUSTER_SETTINGS,
     "train.r1_interval=4",
     f"train.total_kimg={TOTAL / 1000}",
     f"train.tick_kimg={TICK / 1000}",
@@ -53,17 +50,8 @@ SETTINGS = [
     f"train.evaluate_kimg={TOTAL / 2000}",
     "evaluate.images=64",
     "evaluate.input_size=32",
-    "cluster.workers=2",
-    "cluster.threads_per_worker=1",
-    "cluster.health_check_interval_s=0.5",
-    "tracking.enabled=false",
 ]
 STORY_S = 180.0  # for what has to happen in a run before a fault
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    return small_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
