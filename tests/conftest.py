@@ -1,5 +1,6 @@
 """Fixtures that several rooms share."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,11 @@ from tests.servers import S3Server, s3_server
 # The same examples on every run, and no limit of time for one: a busy machine is not a failure.
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
+
+
+# Ray reads its token mode once a process: a cluster with another mode than the first loses its actors. So it is set for
+# all tests; those with tokens have processes of their own.
+os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
 
 
 @pytest.fixture(scope="session")

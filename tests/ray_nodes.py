@@ -21,12 +21,9 @@ def ray_nodes(count: int, cpus: int, **head: Any) -> Iterator[str]:
 def ray_cluster(count: int, cpus: int, **head: Any) -> Iterator[Cluster]:
     """The same cluster, to which nodes can be added and from which they can be removed.
 
-    Set on purpose: no token (Cluster would take one from the home folder where it finds it), no usage report, and
-    this process's environment, so that S3 credentials reach the workers.
+    Its nodes have this process's environment, so that S3 credentials reach the workers.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", os.getcwd())
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **head})
         try:

@@ -238,7 +238,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
                 "PYTHONUNBUFFERED": "1",
                 "RAY_AUTH_MODE": "token",
                 "RAY_AUTH_TOKEN": secrets.token_hex(32),
-                "RAY_USAGE_STATS_ENABLED": "0",
             }
             source = IngestConfig(source=str(small_pictures(folder / "pictures")), size=16)
             ingest(source, f"s3://{s3.bucket}/data", StorageConfig(), progress=False)

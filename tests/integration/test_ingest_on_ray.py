@@ -19,7 +19,7 @@ from pipeline.ingest.records import PartRecord
 from pipeline.ingest.verify import verify
 from pipeline.storage import StorageConfig, write_bytes
 from tests.pictures import BLUE_MARBLE, picture_files, write_folder
-from tests.ray_nodes import ray_nodes
+from tests.ray_nodes import ray_cluster, ray_nodes
 from tests.servers import S3Server
 
 pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow]
@@ -48,21 +48,13 @@ def test_the_same_bytes_as_on_one_machine(s3: S3Server, tmp_path: Path, capsys: 
     assert verify(f"s3://{bucket}/out", STORAGE, progress=False).problems == ()
 
 
-def test_a_node_that_is_lost_costs_time_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PYTHONPATH", str(BLUE_MARBLE.parents[3]))
+def test_a_node_that_is_lost_costs_time_only(tmp_path: Path) -> None:
     config = IngestConfig(
         source=str(BLUE_MARBLE), size=32, tile=TileConfig(size=32, stride=64), part_pictures=100, workers=1
     )
     expected = ingest(config, str(tmp_path / "expected"), STORAGE, progress=False)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    try:
-        cluster.add_node(num_cpus=1)
+    with ray_cluster(1, cpus=1) as cluster:
         report = ingest_losing(cluster, cluster.add_node(num_cpus=1), config, tmp_path / "out")
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
     assert (report.digest, report.parts) == (expected.digest, 15)
     assert verify(str(tmp_path / "out"), STORAGE, progress=False).problems == ()
 

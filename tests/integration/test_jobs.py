@@ -40,7 +40,7 @@ def job(name: str, folder: Path, *arguments: str, code: int = 0) -> str:
     command = [sys.executable, "-m", f"jobs.{name}", *arguments]
     if "--config" not in arguments:
         command += ["--config", str(folder / "config.yaml")]
-    environment = os.environ | {"HOME": str(folder), "RAY_AUTH_MODE": "disabled"}
+    environment = os.environ | {"HOME": str(folder)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT, env=environment)
     assert done.returncode == code, done.stdout[-1000:] + done.stderr[-2000:]
     return done.stderr if code else done.stdout

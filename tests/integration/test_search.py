@@ -31,7 +31,6 @@ def test_a_grid_search(tmp_path: Path) -> None:
         "tune.space={train.patch.size: [8, null], train.learning_rate: [0.002]}",
     ]
     with ray_nodes(1, cpus=1) as address:
-        # A process of its own, as users have: in one that was connected to Ray before, Tune loses its trials.
         command = [sys.executable, "-m", "jobs.tune", "--config", f"{tmp_path}/grid.yaml", *settings]
         command.append(f"cluster.address={address}")
         search = subprocess.run(command, capture_output=True, text=True, timeout=250)

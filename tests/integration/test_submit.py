@@ -92,7 +92,6 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_USAGE_STATS_ENABLED": "0",
     }
     environment.pop("RAY_ADDRESS", None)
     port, dashboard, agent, client = free_ports(4)
