@@ -17,6 +17,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 ARGS ?=
 PYTEST_ARGS ?=
+# A process per core, each with whole files, in their order: the longest come first.
+PARALLEL := -n logical --maxprocesses=8 --dist loadfile --no-loadscope-reorder
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -37,7 +39,7 @@ lint: $(VENV)/.installed  ## style and types
 	$(BIN) -m mypy
 
 test: lint  ## lint, types and every test without a Ray cluster; PYTEST_ARGS="-k name" selects
-	$(BIN) -m pytest -m "not cluster" --durations=15 $(PYTEST_ARGS)
+	$(BIN) -m pytest -m "not cluster" $(PARALLEL) --durations=15 $(PYTEST_ARGS)
 
 test-cluster: $(VENV)/.installed  ## tests on real Ray clusters of this machine, whose parts are killed; root for all of them
 	$(BIN) -m pytest -m cluster --durations=15 $(PYTEST_ARGS)

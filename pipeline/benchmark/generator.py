@@ -34,6 +34,7 @@ from pipeline.coordinates import full_grid
 from pipeline.models.build import ModelConfig, build_generator
 from pipeline.models.cips import Generator, Recompute
 from pipeline.models.layers import ModulatedLinear
+from pipeline.ops.allocation import keep_freed_memory
 
 Precision = Literal["bf16", "fp32", "tf32"]
 FormName = Literal["fast", "shared", "reference"]
@@ -192,6 +193,8 @@ def measure(
 
 def work(shape: Shape, form: Form, device: torch.device) -> Callable[[bool], None]:
     """A function that computes forward, and backward if it is asked to; gradients are added up."""
+    if device.type == "cpu":
+        keep_freed_memory()  # as training does; the same for all forms, whatever ran before
     torch.manual_seed(0)
     return _layer_work(shape, form, device) if shape.layer else _generator_work(shape, form, device)
 

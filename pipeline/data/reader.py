@@ -94,12 +94,9 @@ class Reader:
     def prefetch(self, groups: Iterable[int]) -> None:
         """Begin to read row groups that will be needed soon, at most `capacity`. Never drops one that is named here."""
         wanted = list(groups)[: self._capacity]
-        with self._kept_lock:
-            if all(group in self._kept for group in wanted):
-                return
-        for group in wanted:
-            self._request(group)
-        self._trim()
+        if not self._kept.keys() >= set(wanted):  # most often all are here, and have their turn when they are used
+            self._request(wanted)
+            self._trim()
 
     def rows(self, group: int) -> Rows:
         """A row group, read now unless it was prefetched.
@@ -107,14 +104,15 @@ class Reader:
         Raises DamagedGroup, StorageError for a store that fails, ClosedError after `close`. What failed is not
         kept: asked again, it is read again.
         """
-        rows = self._result(group, self._request(group))
+        (future,) = self._request([group])
+        rows = self._result(group, future)
         self._trim()
         return rows
 
     def pictures(self, groups: Sequence[int], rows: Sequence[int]) -> list[np.ndarray]:
         """Encoded pictures (uint8 views) by row group and row."""
-        futures = {group: self._request(group) for group in sorted(set(groups))}
-        needed = {group: self._result(group, future) for group, future in futures.items()}
+        once = sorted(set(groups))
+        needed = {group: self._result(group, future) for group, future in zip(once, self._request(once), strict=True)}
         self._trim()
         return [needed[group][row] for group, row in zip(groups, rows, strict=True)]
 
@@ -139,16 +137,19 @@ class Reader:
         with self._kept_lock:
             self._kept.clear()
 
-    def _request(self, group: int) -> "Future[Rows]":
+    def _request(self, groups: Sequence[int]) -> "list[Future[Rows]]":
+        futures = []
         with self._kept_lock:
-            future = self._kept.get(group)
-            if future is None or future.cancelled():
-                try:
-                    future = self._kept[group] = self._pool.submit(self._read, group)
-                except RuntimeError as error:  # the pool takes nothing more
-                    raise ClosedError(f"{self._place(group)}: the reader is closed") from error
-            self._kept.move_to_end(group)
-            return future
+            for group in groups:
+                future = self._kept.get(group)
+                if future is None:
+                    try:
+                        future = self._kept[group] = self._pool.submit(self._read, group)
+                    except RuntimeError as error:  # the pool takes nothing more
+                        raise ClosedError(f"{self._place(group)}: the reader is closed") from error
+                self._kept.move_to_end(group)
+                futures.append(future)
+        return futures
 
     def _result(self, group: int, future: "Future[Rows]") -> Rows:
         try:
