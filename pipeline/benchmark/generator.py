@@ -4,81 +4,40 @@
     python -m jobs.benchmark generator --layer --precisions bf16
     python -m jobs.benchmark generator --size 256 --batch 32            # for a GPU
 
-All forms run in turn (A B C A B C) in one process, and medians are told. Memory is measured in a process for each.
+All forms run in turn (A B C A B C), each in a process of its own, and medians are told. On a CPU the published form
+runs twice: with freed memory kept, as it is in training here, and with the C library's own way, to return it.
 """
 
 import argparse
 import functools
 import json
 import math
-import multiprocessing
 import statistics
-import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipeline.benchmark.arguments import count, words
-from pipeline.benchmark.clock import finish
+from pipeline.benchmark.forms import (
+    DTYPES,
+    Form,
+    FormName,
+    Precision,
+    Process,
+    Shape,
+    allow_tf32,
+    training_memory,
+)
 from pipeline.benchmark.matmul import measured_rate
-from pipeline.benchmark.memory import current_bytes, peak_bytes, reset_peak
-from pipeline.benchmark.reference import reference_generator, styled
 from pipeline.benchmark.report import aligned, machine
-from pipeline.benchmark.shared import scaled, shared_generator
-from pipeline.coordinates import full_grid
-from pipeline.models.build import ModelConfig, build_generator
-from pipeline.models.cips import Generator, Recompute
-from pipeline.models.layers import ModulatedLinear
-from pipeline.ops.allocation import keep_freed_memory
+from pipeline.models.cips import Recompute
 
-Precision = Literal["bf16", "fp32", "tf32"]
-FormName = Literal["fast", "shared", "reference"]
-"""The pipeline's own; one product shared by all pictures; as published."""
-BUILDERS: dict[FormName, Callable[[ModelConfig], Generator]] = {
-    "fast": build_generator,
-    "shared": shared_generator,
-    "reference": reference_generator,
-}
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
-LATENT = 512
-
-
-@dataclass(frozen=True)
-class Form:
-    """One way to compute the same."""
-
-    name: FormName
-    precision: Precision
-    recompute: Recompute = "layer"
-
-    def __str__(self) -> str:
-        return f"{self.name}, {self.precision}" + (f", recompute={self.recompute}" if self.name == "fast" else "")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What is computed."""
-
-    size: int
-    width: int
-    batch: int
-    layer: bool
-    """One modulated layer alone, not the whole generator."""
-
-    @property
-    def forward_flops(self) -> int:
-        """Of the products over the pixels, 2 per multiply-add; everything else is less than one percent."""
-        if self.layer:
-            weights = self.width**2
-        else:
-            groups = self.size.bit_length() - 2
-            weights = 2 * self.width**2 + 2 * groups * self.width**2 + 3 * groups * self.width
-        return 2 * self.batch * self.size**2 * weights
+WARM_UP = 3
+"""Rounds before anything is measured: libraries choose their kernels, and all memory has been touched once."""
 
 
 @dataclass
@@ -140,8 +99,10 @@ def run(args: argparse.Namespace) -> None:
         forms += [Form("fast", precision, recompute) for precision in precisions for recompute in args.recompute]
     if "shared" in args.forms:
         forms += [Form("shared", precision) for precision in precisions]
-    if "reference" in args.forms:
-        forms.append(Form("reference", "tf32" if device.type == "cuda" else "fp32"))
+    if "reference" in args.forms and device.type == "cuda":
+        forms.append(Form("reference", "tf32"))
+    elif "reference" in args.forms:
+        forms += [Form("reference", "fp32"), Form("reference", "fp32", memory="returned")]
     rows, rates = measure(shape, forms, args.rounds, device)
     if args.memory:
         for row in tqdm(rows, desc="memory", unit=" forms", disable=None):
@@ -163,24 +124,24 @@ def measure(
     shape: Shape, forms: list[Form], rounds: int, device: torch.device
 ) -> tuple[list[Row], dict[Precision, float]]:
     """Every form in every round, in turn, with the rate of matrix products beside them."""
-    works = {form: work(shape, form, device) for form in forms}
     forward: dict[Form, list[float]] = {form: [] for form in forms}
     both: dict[Form, list[float]] = {form: [] for form in forms}
     rates: dict[Precision, list[float]] = {form.precision: [] for form in forms}
-    for form in forms:  # libraries choose their kernels in the first
-        _allow_tf32(form.precision)
-        works[form](False)
-        works[form](True)
-    with tqdm(total=rounds * len(forms), desc="benchmark", unit=" runs", disable=None) as bar:
+    with ExitStack() as stack:
+        processes = {form: stack.enter_context(Process(shape, form, device)) for form in forms}
+        for process in processes.values():
+            for _ in range(WARM_UP):
+                process.seconds(False)
+                process.seconds(True)
+        bar = stack.enter_context(tqdm(total=rounds * len(forms), desc="benchmark", unit=" runs", disable=None))
         for _ in range(rounds):
             for precision, found in rates.items():
-                _allow_tf32(precision)
+                allow_tf32(precision)
                 found.append(measured_rate(DTYPES[precision], device, (shape.batch * shape.size**2, shape.width), 0.5))
-            for form in forms:
+            for form, process in processes.items():
                 bar.set_postfix_str(str(form))
-                _allow_tf32(form.precision)
-                forward[form].append(_seconds(works[form], False, device))
-                both[form].append(_seconds(works[form], True, device))
+                forward[form].append(process.seconds(False))
+                both[form].append(process.seconds(True))
                 bar.update()
     median = {precision: statistics.median(found) for precision, found in rates.items()}
     rows = []
@@ -191,86 +152,9 @@ def measure(
     return rows, median
 
 
-def work(shape: Shape, form: Form, device: torch.device) -> Callable[[bool], None]:
-    """A function that computes forward, and backward if it is asked to; gradients are added up."""
-    if device.type == "cpu":
-        keep_freed_memory()  # as training does; the same for all forms, whatever ran before
-    torch.manual_seed(0)
-    return _layer_work(shape, form, device) if shape.layer else _generator_work(shape, form, device)
-
-
-def _generator_work(shape: Shape, form: Form, device: torch.device) -> Callable[[bool], None]:
-    config = ModelConfig(size=shape.size, width=shape.width, latent=LATENT)
-    model = BUILDERS[form.name](config).to(device)
-    model.recompute = form.recompute
-    z_BZ = torch.randn(shape.batch, LATENT, device=device)
-    keys_B2 = torch.arange(2 * shape.batch, device=device).view(shape.batch, 2)
-    grid_P2 = full_grid(shape.size).to(device)
-    gradient_BP3 = torch.randn(shape.batch, shape.size**2, 3, device=device)
-    return _forward_and_backward(model, lambda: model(z_BZ, grid_P2, keys_B2), gradient_BP3, form)
-
-
-def _layer_work(shape: Shape, form: Form, device: torch.device) -> Callable[[bool], None]:
-    layer = ModulatedLinear(shape.width, shape.width, LATENT).to(device)
-    dtype = DTYPES[form.precision]
-    w_BZ = torch.randn(shape.batch, LATENT, device=device)
-    x_BPC = torch.randn(shape.batch, shape.size**2, shape.width, device=device).to(dtype)
-    noise_BP = torch.randn(shape.batch, shape.size**2, device=device)
-    if form.name == "reference":
-        x_BCHW = x_BPC.transpose(1, 2).unflatten(2, (shape.size, shape.size)).contiguous().requires_grad_(True)
-        noise_B1HW = noise_BP.view(shape.batch, 1, shape.size, shape.size)
-        return _forward_and_backward(
-            layer, lambda: styled(layer, x_BCHW, w_BZ, noise_B1HW), torch.randn_like(x_BCHW), form
-        )
-    x_BPC.requires_grad_(True)
-    if form.name == "shared":
-        return _forward_and_backward(layer, lambda: scaled(layer, x_BPC, w_BZ, noise_BP), torch.randn_like(x_BPC), form)
-    keep = form.recompute == "none"
-    return _forward_and_backward(
-        layer, lambda: layer(x_BPC, w_BZ, noise_BP, keep_weights=keep), torch.randn_like(x_BPC), form
-    )
-
-
-def _forward_and_backward(
-    module: nn.Module, forward: Callable[[], Tensor], gradient: Tensor, form: Form
-) -> Callable[[bool], None]:
-    for parameter in module.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # the model's own memory, before anything is measured
-
-    def call(backward: bool) -> None:
-        with torch.autocast(gradient.device.type, torch.bfloat16, enabled=form.precision == "bf16"):
-            if not backward:
-                with torch.no_grad():
-                    forward()
-                return
-            result = forward()
-        result.backward(gradient.to(result.dtype))
-
-    return call
-
-
-def training_memory(shape: Shape, form: Form, device: torch.device) -> int:
-    """Peak bytes of a forward and a backward above the model's own, in a fresh process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (shape, form, str(device), torch.get_num_threads()))
-
-
-def _peak(shape: Shape, form: Form, device_name: str, threads: int) -> int:
-    torch.set_num_threads(threads)
-    device = torch.device(device_name)
-    _allow_tf32(form.precision)
-    small = Shape(8, shape.width, shape.batch, shape.layer)
-    work(small, form, device)(True)  # code and the libraries' own buffers are loaded
-    call = work(shape, form, device)
-    reset_peak(device)  # gives free memory back to the system, which is then not the model's own
-    before = current_bytes(device)
-    call(True)
-    return peak_bytes(device) - before
-
-
 def table(shape: Shape, rows: list[Row]) -> str:
     """The figures as text; the last columns are ratios to the reference of the same run, where it ran."""
-    reference = next((row for row in rows if row.form.name == "reference"), None)
+    reference = next((row for row in rows if row.form.name == "reference" and row.form.memory == "kept"), None)
     head = ["", "forward ms", "of rate", "with backward ms", "of rate", "img/s", "times reference", "peak MB", "of its"]
     body = []
     for row in sorted(rows, key=lambda row: row.both_seconds):
@@ -295,18 +179,6 @@ def table(shape: Shape, rows: list[Row]) -> str:
             ]
         )
     return aligned(head, body)
-
-
-def _seconds(call: Callable[[bool], None], backward: bool, device: torch.device) -> float:
-    finish(device)
-    began = time.perf_counter()
-    call(backward)
-    finish(device)
-    return time.perf_counter() - began
-
-
-def _allow_tf32(precision: Precision) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def _threads() -> str:

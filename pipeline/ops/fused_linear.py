@@ -60,11 +60,9 @@ def product(
     left_BPK, right_KO = _addends(bias_O, noise_BP, y_BPO)
     for pictures, pixels in blocks(y_BPO):
         y, rows, weight = y_BPO[pictures, pixels], x_BPI[pictures, pixels], weight_BIO[pictures]
-        if right_KO.shape[0]:
-            torch.bmm(left_BPK[pictures, pixels], right_KO.expand(y.shape[0], -1, -1), out=y)
-            y.baddbmm_(rows, weight)
-        else:
-            torch.bmm(rows, weight, out=y)
+        torch.bmm(rows, weight, out=y)
+        if right_KO.shape[0]:  # added to the large product, not before it: libraries are slow where that one has to add
+            y.baddbmm_(left_BPK[pictures, pixels], right_KO.expand(y.shape[0], -1, -1))
         if slope != 1.0:
             F.leaky_relu_(y, slope)
         if head_BOR is not None and result_BPR is not None:
@@ -99,7 +97,8 @@ def product_backward(
     grad_head = None
     if head_BOR is not None and gradient_BPR is not None and need_head:
         grad_head = torch.zeros_like(head_BOR, dtype=exact)
-    grad_product = torch.empty_like(y_BPO) if need_x and shared else None
+    # In memory (P, B, O), for one product over pictures and channels at the end.
+    grad_product = y_BPO.new_empty(points, batch, y_BPO.shape[2]).transpose(0, 1) if need_x and shared else None
     of_activation = _activation_backward_on(x)
     for pictures, pixels in blocks(y_BPO):
         y, rows = y_BPO[pictures, pixels], x_BPI[pictures, pixels]
@@ -116,7 +115,7 @@ def product_backward(
         if grad_noise is not None and noise is not None:
             grad_noise[pictures, pixels] = noise
         if grad_weight is not None:
-            grad_weight[pictures] += torch.bmm(rows.transpose(1, 2), gradient)
+            grad_weight[pictures] += _sum_of_outer_products(rows, gradient)
         if grad_x is not None:
             torch.bmm(gradient, weight_BOI[pictures], out=grad_x[pictures, pixels])
         if grad_product is not None:
@@ -160,16 +159,13 @@ def activation_backward(
 def _addends(bias_O: Tensor | None, noise_BP: Tensor | None, y_BPO: Tensor) -> tuple[Tensor, Tensor]:
     """Noise and bias as a product (B, P, K) @ (K, O) with K = 2, 1 or 0: three times as fast as adding them up."""
     batch, points, channels = y_BPO.shape
-    columns, rows = [], []
+    given = (noise_BP is not None) + (bias_O is not None)
+    left_BPK, right_KO = y_BPO.new_ones(batch, points, given), y_BPO.new_ones(given, channels)
     if noise_BP is not None:
-        columns.append(noise_BP.to(y_BPO.dtype).expand(batch, -1))
-        rows.append(y_BPO.new_ones(channels))
+        left_BPK[:, :, 0] = noise_BP
     if bias_O is not None:
-        columns.append(y_BPO.new_ones(1, 1).expand(batch, points))
-        rows.append(bias_O.to(y_BPO.dtype))
-    if not rows:
-        return y_BPO[:, :, :0], y_BPO.new_empty(0, channels)
-    return torch.stack(columns, dim=2), torch.stack(rows)
+        right_KO[-1] = bias_O
+    return left_BPK, right_KO
 
 
 def _sum_of_pixels(x_BPO: Tensor) -> Tensor:
@@ -177,6 +173,13 @@ def _sum_of_pixels(x_BPO: Tensor) -> Tensor:
     if x_BPO.is_cuda or x_BPO.dtype.itemsize > 2:
         return x_BPO.sum(dim=1)
     return torch.bmm(x_BPO.new_ones(1, 1, 1).expand(*x_BPO.shape[:2], 1).transpose(1, 2), x_BPO).squeeze(1)
+
+
+def _sum_of_outer_products(x_BPI: Tensor, y_BPO: Tensor) -> Tensor:
+    """x^T @ y (B, I, O). A single picture's as a matrix: the library copies some of what is transposed in a batch."""
+    if len(x_BPI) == 1:
+        return torch.mm(x_BPI[0].t(), y_BPO[0]).unsqueeze(0)
+    return torch.bmm(x_BPI.transpose(1, 2), y_BPO)
 
 
 def _sum_of_channels(x_BPO: Tensor) -> Tensor:
