@@ -40,10 +40,9 @@ def distribute(
         wrapped = DistributedDataParallel(
             module, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
         )
-    with warnings.catch_warnings():
-        # Said once, of a weight with a single row, whose strides can be written in two ways.
-        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
-        (rehearsal(wrapped).sum() * 0.0).backward()  # the next forward lays out the buckets anew, for good
+    # From now on, for it comes with any batch: of a weight with a single row, whose strides can be written in two ways.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
+    (rehearsal(wrapped).sum() * 0.0).backward()  # the next forward lays out the buckets anew, for good
     module.zero_grad(set_to_none=True)
     return wrapped
 

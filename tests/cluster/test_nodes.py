@@ -1,15 +1,14 @@
-"""A node dies with all that runs on it, and another takes its place; test_network.py does it to whole machines."""
+"""A node dies with all that runs on it, and another takes its place; test_network.py cuts a whole machine off."""
 
 import time
 from pathlib import Path
 
 import pytest
 
-from pipeline.cluster.training import train_on_ray
 from pipeline.config import Config, load_config
 from pipeline.training.notes import read_restarts
 from pipeline.training.observers import read_log
-from tests.faults import last_checkpoint, recovery, starts, train_during, wait_for_images
+from tests.faults import last_checkpoint, recovery, starts, train_during, train_without_ray, wait_for_images
 from tests.ray_nodes import ray_cluster
 from tests.small import SMALL_CLUSTER_SETTINGS, small_data
 
@@ -33,11 +32,10 @@ def losses_of(config: Config) -> list[dict[str, float]]:
 def test_a_node_dies_and_another_takes_its_place(tmp_path: Path) -> None:
     data = small_data(tmp_path / "data")
     places = [f"data.uri={data.uri}", f"run.dir={tmp_path}/runs"]
+    undisturbed = load_config(None, [*SETTINGS, *places, "run.name=undisturbed"])
+    train_without_ray(undisturbed, tmp_path / "undisturbed")
     with ray_cluster(2, cpus=1) as cluster:
         places.append(f"cluster.address={cluster.address}")
-        undisturbed = load_config(None, [*SETTINGS, *places, "run.name=undisturbed"])
-        train_on_ray(undisturbed, None)
-
         config = load_config(None, [*SETTINGS, *places, "run.name=replaced"])
 
         def story() -> None:
