@@ -75,8 +75,11 @@ def train(config: Config, tracking_run: str | None) -> Outcome:
 
 def train_locally(config: Config, tracking_run: str | None) -> Outcome:
     """The same loop in this process."""
+    from pipeline.ops.allocation import keep_freed_memory
     from pipeline.training.local import local_device, train_here
 
+    if local_device().type == "cpu":
+        keep_freed_memory()
     observers, evaluate = [], None
     if tracking_run is not None:
         from pipeline.tracking.observer import RunObserver

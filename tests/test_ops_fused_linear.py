@@ -40,7 +40,7 @@ def test_blocks_cover_every_pixel_once(batch: int, points: int, channels: int, m
 
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize(("batch", "points"), [(1, 1), (5, 70), (3, 1000)])
+@pytest.mark.parametrize(("batch", "points"), [(1, 1), (5, 20), (5, 70), (3, 1000)])
 def test_many_blocks_equal_the_plain_form(
     head: bool, shared: bool, batch: int, points: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,6 +65,16 @@ def test_many_blocks_equal_the_plain_form(
         exact = torch.autograd.grad(outputs, arguments, given, retain_graph=True, allow_unused=True)
         for one, other in zip(found, exact, strict=False):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_bfloat16_is_rounded_after_the_product_and_after_the_sum(shared: bool) -> None:
+    rounded = [argument.detach().bfloat16() for argument in inputs(3, 400, shared)]
+    x, weight, bias, noise = (one.double() for one in rounded)
+    found, _ = product(*rounded, 0.2)
+    exact = plain([x, weight, bias, noise], 0.2)
+    size = (x @ weight).abs() + bias.abs() + noise.abs()[:, :, None]
+    assert ((found.double() - exact).abs() <= size * 2.0**-7).all()  # each rounding moves a number by 2^-8 of it
 
 
 def test_the_product_of_a_pixel_does_not_depend_on_its_block() -> None:

@@ -6,7 +6,9 @@ So no form lives on memory that another has left behind, and what the C library 
 import multiprocessing
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Literal, Self
 
@@ -75,12 +77,11 @@ class Process:
     """A form in a process of its own, which waits for the next call."""
 
     def __init__(self, shape: Shape, form: Form, device: torch.device) -> None:
-        arguments = shape, form, str(device), torch.get_num_threads()
-        self._pool = multiprocessing.get_context("spawn").Pool(1, _begin, arguments)
+        self._pool = _one_process(partial(_begin, shape, form, str(device), torch.get_num_threads()))
 
     def seconds(self, backward: bool) -> float:
         """What a forward takes there, and a backward if it is asked for."""
-        return self._pool.apply(_seconds, (backward,))
+        return self._pool.submit(_seconds, backward).result()
 
     def __enter__(self) -> Self:
         return self
@@ -88,7 +89,12 @@ class Process:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.terminate()
+        self._pool.shutdown()
+
+
+def _one_process(begin: Callable[[], None] | None = None) -> ProcessPoolExecutor:
+    """Fails, where multiprocessing's own pool would wait for ever, if the process does not start or is killed."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), begin)
 
 
 _called: tuple[Callable[[bool], None], torch.device]
@@ -96,15 +102,15 @@ _called: tuple[Callable[[bool], None], torch.device]
 
 def _begin(shape: Shape, form: Form, device_name: str, threads: int) -> None:
     global _called
-    _prepare(form, threads)
     device = torch.device(device_name)
+    _prepare(form, device, threads)
     _called = work(shape, form, device), device
 
 
-def _prepare(form: Form, threads: int) -> None:
+def _prepare(form: Form, device: torch.device, threads: int) -> None:
     torch.set_num_threads(threads)
     allow_tf32(form.precision)
-    if form.memory == "kept":
+    if form.memory == "kept" and device.type == "cpu":
         keep_freed_memory()
 
 
@@ -114,7 +120,10 @@ def _seconds(backward: bool) -> float:
     began = time.perf_counter()
     call(backward)
     finish(device)
-    return time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the other forms' processes need the same device's memory
+    return seconds
 
 
 def work(shape: Shape, form: Form, device: torch.device) -> Callable[[bool], None]:
@@ -175,13 +184,13 @@ def _forward_and_backward(
 
 def training_memory(shape: Shape, form: Form, device: torch.device) -> int:
     """Peak bytes of a forward and a backward above the model's own, in a fresh process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (shape, form, str(device), torch.get_num_threads()))
+    with _one_process() as pool:
+        return pool.submit(_peak, shape, form, str(device), torch.get_num_threads()).result()
 
 
 def _peak(shape: Shape, form: Form, device_name: str, threads: int) -> int:
-    _prepare(form, threads)
     device = torch.device(device_name)
+    _prepare(form, device, threads)
     small = Shape(8, shape.width, shape.batch, shape.layer)
     work(small, form, device)(True)  # code and the libraries' own buffers are loaded
     call = work(shape, form, device)

@@ -15,6 +15,7 @@ from pipeline.benchmark.memory import current_bytes, peak_bytes, reset_peak
 from pipeline.data.manifest import read_manifest
 from pipeline.data.stream import DataConfig, DataStream
 from pipeline.models.build import ModelConfig
+from pipeline.ops.allocation import keep_freed_memory
 from pipeline.storage import StorageConfig
 from pipeline.training import phases as phase
 from pipeline.training.phases import Phases, unwatched
@@ -110,6 +111,8 @@ def per_update(totals: dict[str, float], r1_visits: int, updates: int, r1_interv
 
 def quiet_updates(case: Case, world: World, device: torch.device, phases: Phases = unwatched) -> Updates:
     """The updates of a case, which here do not print which precision they chose."""
+    if device.type == "cpu":
+        keep_freed_memory()  # as jobs.train does
     train = case.train.model_copy(update={"precision": "fp32"}) if case.reference else case.train
     state = build_state(case.model, train, case.seed, device)
     if case.reference:

@@ -13,6 +13,7 @@ from ray.train.torch import TorchTrainer, get_device
 from pipeline.cluster.interfaces import NodeTorchConfig
 from pipeline.cluster.session import ray_session, set_timeouts
 from pipeline.config import ClusterConfig
+from pipeline.ops.allocation import ENVIRONMENT
 from pipeline.training.world import World
 
 Work = Callable[[Any, World, torch.device, Callable[[], None]], Any]
@@ -36,7 +37,11 @@ def run_on_ray(work: Work, argument: Any, cluster: ClusterConfig, workers: int, 
                 num_workers=workers, use_gpu=torch.cuda.is_available(), resources_per_worker={"CPU": threads}
             ),
             torch_config=NodeTorchConfig(timeout_s=asked.collective_timeout_s),
-            run_config=RunConfig(name="benchmark", storage_path=folder),
+            run_config=RunConfig(
+                name="benchmark",
+                storage_path=folder,
+                worker_runtime_env={} if torch.cuda.is_available() else {"env_vars": ENVIRONMENT},
+            ),
         )
         found: list[Any] = trainer.fit().return_value
         return found

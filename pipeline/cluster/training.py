@@ -28,6 +28,7 @@ from pipeline.evaluation.distance import DistanceMeter
 from pipeline.evaluation.features import FeatureError
 from pipeline.evaluation.protocol import ProtocolError
 from pipeline.models.cips import Generator
+from pipeline.ops.allocation import ENVIRONMENT
 from pipeline.storage import is_remote, join
 from pipeline.training.checkpoint import CheckpointError
 from pipeline.training.loop import Evaluate, Outcome, PlanError, TrainingDiverged, train
@@ -81,6 +82,7 @@ def build_trainer(config: Config, run_id: str | None, callbacks: tuple[UserCallb
                 controller_failure_limit=-1,
             ),
             callbacks=[Watch(cluster, config.run_uri, config.storage), *callbacks],
+            worker_runtime_env={} if cluster.use_gpu else {"env_vars": ENVIRONMENT},
         ),
     )
 

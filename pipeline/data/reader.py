@@ -94,7 +94,7 @@ class Reader:
     def prefetch(self, groups: Iterable[int]) -> None:
         """Begin to read row groups that will be needed soon, at most `capacity`. Never drops one that is named here."""
         wanted = list(groups)[: self._capacity]
-        if not self._kept.keys() >= set(wanted):  # most often all are here, and have their turn when they are used
+        if not self._kept.keys() >= set(wanted):  # usually all are kept; using them renews their place
             self._request(wanted)
             self._trim()
 

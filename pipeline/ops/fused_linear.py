@@ -61,7 +61,7 @@ def product(
     for pictures, pixels in blocks(y_BPO):
         y, rows, weight = y_BPO[pictures, pixels], x_BPI[pictures, pixels], weight_BIO[pictures]
         torch.bmm(rows, weight, out=y)
-        if right_KO.shape[0]:  # added to the large product, not before it: libraries are slow where that one has to add
+        if right_KO.shape[0]:  # after the large product, which is slow where it has to add; one more rounding
             y.baddbmm_(left_BPK[pictures, pixels], right_KO.expand(y.shape[0], -1, -1))
         if slope != 1.0:
             F.leaky_relu_(y, slope)

@@ -40,7 +40,7 @@ def distribute(
         wrapped = DistributedDataParallel(
             module, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
         )
-    # From now on, for it comes with any batch: of a weight with a single row, whose strides can be written in two ways.
+    # DDP says so once, in any later backward, of a weight with a single row: its strides can be written in two ways.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
     (rehearsal(wrapped).sum() * 0.0).backward()  # the next forward lays out the buckets anew, for good
     module.zero_grad(set_to_none=True)

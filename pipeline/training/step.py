@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from pipeline.coordinates import full_grid, patch_grid, sample_pixels
 from pipeline.models.build import ModelConfig
 from pipeline.models.discriminator import images_from_pixels
-from pipeline.ops.allocation import keep_freed_memory
 from pipeline.ops.precision import full_fp32
 from pipeline.pictures import to_float
 from pipeline.randomness import Purpose, corners, latents, noise_keys, stride
@@ -53,8 +52,6 @@ class Updates:
         self.parts = parts_of(self.share, model.discriminator.group, train.accumulation)
         self.size, self.patch = model.size, train.patch
         self.precision = agreed_precision(train.precision, device, world)
-        if device.type == "cpu":
-            keep_freed_memory()
         if world.rank == 0:
             print(precision_sentence(train.precision, device, self.precision), flush=True)
         self.dtype = state.average.mean_w.dtype  # float32; float64 where tests ask for it
