@@ -2,10 +2,10 @@
 
     python -m jobs.evaluate --config demo                                     # the run's latest checkpoint
     python -m jobs.evaluate --config demo --model models:/cips-demo@champion
-    python -m jobs.evaluate --config ffhq256 --model s3://bucket/runs/ffhq256/checkpoints/0025000000
+    python -m jobs.evaluate --config my-run.yaml --model s3://bucket/runs/ffhq256/checkpoints/0025000000
 
 evaluate.network=inception reports `fid`, efficientnet-lite0 reports `fd_efficientnet_lite0`; they are never
-compared. The moments of the real pictures are kept in run.dir/statistics and reused.
+compared. The moments of the real pictures are kept in run.dir/.statistics and reused.
 """
 
 import argparse

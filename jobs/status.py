@@ -1,7 +1,7 @@
 """Tells what a run is doing, from its storage and MLflow alone: no Ray, from any machine that reaches them.
 
     python -m jobs.status runs/demo                                        # a run's folder, local or s3://
-    python -m jobs.status --config ffhq256 run.dir=s3://bucket/runs        # the run of a training's command line
+    python -m jobs.status --config my-run.yaml run.name=second             # the run of a training's command line
     python -m jobs.status s3://bucket/runs/ffhq256 --watch                 # again and again, until it has ended
     python -m jobs.status runs/demo --json                                 # for programs
 

@@ -1,7 +1,7 @@
 """Hands a job to a running Ray cluster, follows its log and ends with its exit code.
 
-    python -m jobs.submit train --address http://HEAD:8265 --config ffhq256 data.uri=s3://bucket/ffhq256
-    python -m jobs.submit tune  --address http://HEAD:8265 --config ffhq256 --space patches
+    python -m jobs.submit train --address http://HEAD:8265 --config my-run.yaml
+    python -m jobs.submit tune  --address http://HEAD:8265 --config my-run.yaml --space my-space.yaml run.name=sweep
     python -m jobs.submit train ... --dry-run                  # what would be sent, and nothing is
     python -m jobs.submit --list | --status RUN | --logs RUN | --stop RUN
 

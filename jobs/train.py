@@ -1,7 +1,8 @@
 """Trains a CIPS generator, on a Ray cluster or in this process; started again, it goes on where it was.
 
     python -m jobs.train --config demo
-    python -m jobs.train --config ffhq256 data.uri=s3://bucket/ffhq256 run.dir=s3://bucket/runs cluster.address=auto
+    python -m jobs.train --config ffhq256 data.uri=s3://bucket/ffhq256 run.dir=s3://bucket/runs cluster.address=auto \
+        tracking.uri=http://HOST:5000 evaluate.weights=s3://bucket/inception-2015-12-05.pt
     python -m jobs.train --config demo cluster.backend=local tracking.enabled=false    # no Ray, no MLflow
     python -m jobs.train --config ffhq256 --dry-run                                    # what it would be
 

@@ -1,7 +1,7 @@
 """Searches hyperparameters: a training per point of a grid over any settings, on Ray Tune.
 
     python -m jobs.tune --config demo --space patches                        # a packaged search space
-    python -m jobs.tune --config ffhq256 --space my-space.yaml run.name=sweep cluster.address=auto
+    python -m jobs.tune --config my-run.yaml --space my-space.yaml run.name=sweep cluster.address=auto
     python -m jobs.tune --config demo --space patches --dry-run              # the list of trials
 
 A space is a YAML file: `space: {train.patch.size: [16, 32], train.learning_rate: [0.001, 0.002]}`. Trials are
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from jobs.cli import failing_clearly, going_on, parse
 from pipeline.config import Config, ConfigError, trials
 from pipeline.models.summary import summary_table
+from pipeline.training.checkpoint import list_checkpoints
 
 
 def _space(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +32,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         for number, point in enumerate(trials(config)):
             print(f"{config.run.name}-{number:03d}  {point}")
         return
+    if list_checkpoints(config.run_uri, config.storage):
+        raise ConfigError(
+            f"run.name is {config.run.name}, and {config.run_uri} holds a training: give the search a name of its own, "
+            f"such as run.name={config.run.name}-search"
+        )
     with going_on():
         run(config)
 

@@ -21,7 +21,7 @@ from pipeline.config_sources import PRESETS as PRESETS
 from pipeline.config_sources import absolute, read_source, read_yaml
 from pipeline.config_sources import preset_names as preset_names
 from pipeline.data.stream import DataConfig
-from pipeline.evaluation.protocol import METRICS, EvaluateConfig
+from pipeline.evaluation.protocol import INCEPTION_URL, METRICS, EvaluateConfig
 from pipeline.ingest.settings import IngestConfig
 from pipeline.layering import ConfigError, Layer
 from pipeline.models.build import ModelConfig
@@ -171,8 +171,9 @@ class Config(Section):
         needs_weights = self.evaluate.network == "inception" and self.evaluate.weights is None
         if self.train.evaluate_kimg is not None and needs_weights:
             raise ConfigError(
-                "evaluate.weights is empty: train.evaluate_kimg asks for evaluate.network=inception, which "
-                "needs its file; give it, or train.evaluate_kimg= to train without"
+                "evaluate.weights is empty: train.evaluate_kimg asks for evaluate.network=inception, which needs its "
+                f"file; get {INCEPTION_URL} and set evaluate.weights to its path (or to that address), or "
+                "evaluate.network=efficientnet-lite0, or train.evaluate_kimg= to train without"
             )
         return Plan(
             folder=self.run_uri,

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from pipeline.evaluation.features import (
     INCEPTION_SHA256,
-    INCEPTION_URL,
     FeatureError,
     FeatureNetwork,
     folded,
     load_features,
     resize,
 )
-from pipeline.evaluation.protocol import EvaluateConfig
+from pipeline.evaluation.protocol import INCEPTION_URL, EvaluateConfig
 from pipeline.storage import StorageConfig
 
 CPU = torch.device("cpu")

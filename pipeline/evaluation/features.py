@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from pipeline.evaluation.protocol import NATIVE_SIZE, RESIZE, EvaluateConfig
+from pipeline.evaluation.protocol import INCEPTION_URL, NATIVE_SIZE, RESIZE, EvaluateConfig
 from pipeline.ops.precision import full_fp32
 from pipeline.storage import StorageConfig, StorageError, read_bytes
 
 # B batch, H height, W width, C channels, D feature dimension
 
-INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 DOWNLOAD_TIMEOUT_S = 60
 CPU_CHUNK = 16

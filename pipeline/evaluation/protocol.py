@@ -18,6 +18,7 @@ RESIZE: dict[str, str] = {
     "inception": "bilinear, inside the network",
     "efficientnet-lite0": "bilinear, antialiased",
 }
+INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 WHOLE = "whole"
 
 
