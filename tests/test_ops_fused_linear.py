@@ -69,9 +69,9 @@ def test_many_blocks_equal_the_plain_form(
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_bfloat16_is_rounded_after_the_product_and_after_the_sum(shared: bool) -> None:
-    rounded = [argument.detach().bfloat16() for argument in inputs(3, 400, shared)]
-    x, weight, bias, noise = (one.double() for one in rounded)
-    found, _ = product(*rounded, 0.2)
+    x, weight, bias, noise = (argument.detach().bfloat16() for argument in inputs(3, 400, shared))
+    found, _ = product(x, weight, bias, noise, 0.2)
+    x, weight, bias, noise = (one.double() for one in (x, weight, bias, noise))
     exact = plain([x, weight, bias, noise], 0.2)
     size = (x @ weight).abs() + bias.abs() + noise.abs()[:, :, None]
     assert ((found.double() - exact).abs() <= size * 2.0**-7).all()  # each rounding moves a number by 2^-8 of it
