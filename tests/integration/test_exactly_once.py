@@ -23,7 +23,7 @@ from tests.small import SMALL_SETTINGS, small_data
 pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow]
 
 SAMPLES, BATCH = 96, 8
-KILLS = {24: 1, 56: 0, 80: 1}
+KILLS = {24: 1, 56: 0}
 """At so many images seen, this rank is killed; once each."""
 SMALL = [
     *SMALL_SETTINGS,
