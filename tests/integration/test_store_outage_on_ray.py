@@ -18,7 +18,6 @@ from pipeline.ingest.ingest import IngestConfig, ingest
 from pipeline.storage import StorageConfig
 from pipeline.training.checkpoint import GENERATOR, TRAINING, list_checkpoints, read_info
 from pipeline.training.observers import read_log
-from tests.faults import train_without_ray
 from tests.mlflow_server import MlflowServer, mlflow_server
 from tests.proxy import Fault, FaultProxy, Request, fault_proxy
 from tests.ray_nodes import ray_nodes
@@ -103,12 +102,12 @@ def test_store_and_tracker_are_away_for_a_while(
     data = f"s3://{bucket}/data"
     source = small_pictures(tmp_path / "pictures", 120)
     ingest(IngestConfig(source=str(source), size=16, row_group_rows=4), data, StorageConfig(), progress=False)
-    places = [f"data.uri={data}", f"run.dir=s3://{bucket}/runs"]
-    fair = load_config(None, [*SMALL, *places, "run.name=fair"])
-    train_without_ray(fair, tmp_path / "fair")
     with ray_nodes(2, cpus=1) as address:
-        places += ["run.name=disturbed", f"tracking.uri={tracker.uri}", f"cluster.address={address}"]
-        config = load_config(None, [*SMALL, *places])
+        places = [f"data.uri={data}", f"run.dir=s3://{bucket}/runs", f"cluster.address={address}"]
+        fair = load_config(None, [*SMALL, *places, "run.name=fair", "tracking.enabled=false"])
+        assert train.run(fair).outcome.images_seen == TOTAL
+
+        config = load_config(None, [*SMALL, *places, "run.name=disturbed", f"tracking.uri={tracker.uri}"])
         fault = BothDie(server, tracker, proxy, checkpoint=800)
         trained = train.run(config)
         for comeback in fault.comebacks:
