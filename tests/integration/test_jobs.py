@@ -54,7 +54,9 @@ def test_ingest_train_evaluate_promote_synthesize(folder: Path) -> None:
     assert trained.count("kimg     0.") == 3
     again = job("train", folder)  # a finished run is neither trained nor registered again
     assert "trained 0.064 kimg" in again and "registered small version 1" in again
-    assert "give the search a name of its own" in job("tune", folder, "tune.space={train.learning_rate: [0.001]}", code=2)
+    assert "give the search a name of its own" in job(
+        "tune", folder, "tune.space={train.learning_rate: [0.001]}", code=2
+    )
     evaluated = job("evaluate", folder, "--model", "models:/small/1")
     distance = json.loads((folder / "runs/small/log.jsonl").read_text().splitlines()[-1])["results"][0]["value"]
     assert f"fd_efficientnet_lite0 {distance:.3f}" in evaluated and "quick" in evaluated
