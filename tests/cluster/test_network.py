@@ -1,7 +1,7 @@
 """Several machines, for real: a head, two nodes of workers and an S3 server, each with an address of its own.
 
-The same command that trains on one machine trains across them, bit for bit the same. One of them loses its network
-cable; the run gets a new machine and ends where the undisturbed one ends.
+The same command that trains on one machine trains across them, bit for bit the same. One of them loses its power,
+another its network cable; the run gets a new machine for each and ends where the undisturbed one ends.
 """
 
 import contextlib
@@ -259,6 +259,21 @@ def test_two_machines_train_as_one(site: Site, undisturbed: dict[str, Any]) -> N
     (start,) = run.starts()
     assert sorted(start) == sorted(machine.address for machine in site.nodes)
     assert run.restarts() == []
+    assert_same(found, undisturbed)
+
+
+def test_a_node_dies(site: Site, undisturbed: dict[str, Any]) -> None:
+    with site.training("dead") as run:
+        run.until_in_the_middle()
+        dead = site.lose(run.starts()[-1][0])  # of rank 0, which writes the log and the checkpoints
+        assert workers_on(dead) == 1
+        fault = time.time()
+        dead.kill()
+        replacement = site.join().done()
+        found = run.finish()
+    assert run.starts()[-1][0] != dead.address
+    assert replacement.address in run.starts()[-1]
+    assert run.recovery("a node killed", fault) < NOTICED_S
     assert_same(found, undisturbed)
 
 

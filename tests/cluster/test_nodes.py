@@ -1,4 +1,4 @@
-"""A node dies with all that runs on it, and another takes its place; test_network.py cuts a whole machine off."""
+"""A node dies with all that runs on it, and another takes its place; test_network.py does it to whole machines."""
 
 import time
 from pathlib import Path
