@@ -28,6 +28,15 @@ def s3() -> Iterator[S3Server]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def nodes(s3: S3Server) -> Iterator[str]:
+    """The address of a Ray cluster, a head and three nodes of one CPU, for all tests that break no node of it."""
+    from tests.ray_nodes import ray_nodes  # most tests do without Ray
+
+    with ray_nodes(3, cpus=1) as address:
+        yield address
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For tensors as small as tests have, more threads only wait for each other."""

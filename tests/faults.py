@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-import torch
 
 from pipeline.cluster.training import train_on_ray
 from pipeline.cluster.watch import read_workers
 from pipeline.config import Config
 from pipeline.training.checkpoint import GENERATOR, INDEX, checkpoint_folder, checkpoints_folder, read_info
-from pipeline.training.loop import Outcome, train
+from pipeline.training.loop import Outcome
 from pipeline.training.observers import read_log
-from pipeline.training.world import World
-from tests.ddp import on_workers
 
 T = TypeVar("T")
 
@@ -45,15 +42,6 @@ def train_during(config: Config, story: Callable[[], Any]) -> Outcome:
             if run.exception() is not None and run.exception() is not error:
                 raise AssertionError(f"the run ended: {run.exception()}") from error
             raise
-
-
-def train_without_ray(config: Config, folder: Path) -> None:
-    """The same training by two plain processes, which meet in this folder: what a disturbed one has to come to."""
-    on_workers(_train, [2], folder, config.model_dump(mode="json"))
-
-
-def _train(world: World, settings: dict[str, Any]) -> int:
-    return train(Config.model_validate(settings).plan(), world, torch.device("cpu")).images_seen
 
 
 def images_seen(config: Config) -> int:

@@ -18,10 +18,9 @@ from pipeline.cluster.preemption import leaving
 from pipeline.cluster.watch import read_workers
 from pipeline.config import Config
 from pipeline.models.cips import Generator
-from pipeline.training import loop
 from pipeline.training.loop import Evaluate
 from pipeline.training.world import World
-from tests.ddp import default_dtype
+from tests.without_ray import blank_sheet, training_in_float64
 
 PATIENCE_S = 400.0
 worker, reported = training.worker, training.reported
@@ -69,14 +68,14 @@ def halting(settings: dict[str, Any]) -> dict[str, Any]:
                 halt(lambda: False)
         return blank_sheet(*arguments, **options)
 
-    loop.sample_sheet = halting_sheet
-    with default_dtype(torch.float64):
+    with training_in_float64(halting_sheet):
         return worker(settings)
 
 
-def blank_sheet(generator: Generator, columns: int, rows: int, *, seed: int, batch_size: int = 16) -> np.ndarray:
-    """Stands for a sheet of samples, which are drawn from float32 latents; nothing of training depends on it."""
-    return np.zeros((columns, rows, 3), np.uint8)
+def in_float64(settings: dict[str, Any]) -> dict[str, Any]:
+    """The real worker, in float64."""
+    with training_in_float64():
+        return worker(settings)
 
 
 def halt(ended: Callable[[], bool]) -> None:

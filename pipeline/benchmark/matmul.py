@@ -3,8 +3,10 @@
 import math
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from pipeline.benchmark.clock import finish
 
@@ -18,8 +20,9 @@ def measured_rate(
 ) -> float:
     """FLOP/s (two per multiply-add) of (pixels, width) @ (width, width), the generator's product, in `dtype`.
 
-    The median of several stretches that take about `seconds` together. float32 on CUDA is the rate that
-    `torch.backends.cuda.matmul.allow_tf32` allows at the moment.
+    The median of several stretches that take about `seconds` together; on a CPU that of the faster library, the one
+    behind `torch.mm` or the one behind convolutions (`pipeline.ops.matrix_product`). float32 on CUDA is the rate
+    that `torch.backends.cuda.matmul.allow_tf32` allows at the moment.
     """
     pixels, width = size
     if pixels < 1 or width < 1 or not seconds > 0:
@@ -29,16 +32,26 @@ def measured_rate(
     left = torch.randn(pixels, width, device=device).to(dtype)
     right = torch.randn(width, width, device=device).to(dtype)
     out = torch.empty(pixels, width, device=device, dtype=dtype)
+    calls: list[Callable[[], object]] = [lambda: torch.mm(left, right, out=out)]
+    if device.type == "cpu":
+        picture = left.view(1, pixels, 1, width).permute(0, 3, 1, 2)  # channels_last
+        kernel = right.t().contiguous()[:, :, None, None]
+        calls.append(lambda: F.conv2d(picture, kernel))
+    took = min(_seconds(call, device, seconds / len(calls)) for call in calls)
+    return 2.0 * pixels * width * width / took
+
+
+def _seconds(call: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Of one call: the median of stretches."""
 
     def stretch(products: int) -> float:
         finish(device)
         began = time.perf_counter()
         for _ in range(products):
-            torch.mm(left, right, out=out)
+            call()
         finish(device)
-        return time.perf_counter() - began
+        return (time.perf_counter() - began) / products
 
     stretch(3)  # libraries choose and unpack their kernels in the first
-    products = max(1, math.ceil(seconds / STRETCHES / max(stretch(3) / 3, 1e-7)))
-    took = statistics.median(stretch(products) for _ in range(STRETCHES))
-    return 2.0 * pixels * width * width * products / took
+    products = max(1, math.ceil(seconds / STRETCHES / max(stretch(3), 1e-7)))
+    return statistics.median(stretch(products) for _ in range(STRETCHES))

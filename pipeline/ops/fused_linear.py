@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.ops import fused_compiled, fused_triton
+from pipeline.ops.matrix_product import laid_out, outer, times
 
 BLOCK_BYTES = 4 << 20
 """Of a block's output: with its input it stays in the last cache of any processor, and calls are few."""
@@ -58,9 +59,10 @@ def product(
     y_BPO = x.new_empty(batch, points, weight_BIO.shape[2])
     result_BPR = None if head_BOR is None else x.new_empty(batch, points, head_BOR.shape[2])
     left_BPK, right_KO = _addends(bias_O, noise_BP, y_BPO)
+    weight_BIO = laid_out(weight_BIO)
     for pictures, pixels in blocks(y_BPO):
         y, rows, weight = y_BPO[pictures, pixels], x_BPI[pictures, pixels], weight_BIO[pictures]
-        torch.bmm(rows, weight, out=y)
+        times(rows, weight, out=y)
         if right_KO.shape[0]:  # after the large product, which is slow where it has to add; one more rounding
             y.baddbmm_(left_BPK[pictures, pixels], right_KO.expand(y.shape[0], -1, -1))
         if slope != 1.0:
@@ -115,13 +117,14 @@ def product_backward(
         if grad_noise is not None and noise is not None:
             grad_noise[pictures, pixels] = noise
         if grad_weight is not None:
-            grad_weight[pictures] += _sum_of_outer_products(rows, gradient)
+            grad_weight[pictures] += outer(rows, gradient)
         if grad_x is not None:
-            torch.bmm(gradient, weight_BOI[pictures], out=grad_x[pictures, pixels])
+            times(gradient, weight_BOI[pictures], out=grad_x[pictures, pixels])
         if grad_product is not None:
             grad_product[pictures, pixels] = gradient
     if grad_product is not None:  # one product sums over the pictures in full precision
-        grad_x = grad_product.transpose(0, 1).flatten(1) @ weight_BOI.flatten(0, 1)
+        grad_x = x.new_empty(x.shape)
+        times(grad_product.transpose(0, 1).flatten(1)[None], weight_BOI.flatten(0, 1)[None], out=grad_x[None])
     return Gradients(grad_x, grad_weight, grad_bias, grad_noise, grad_head)
 
 
@@ -173,13 +176,6 @@ def _sum_of_pixels(x_BPO: Tensor) -> Tensor:
     if x_BPO.is_cuda or x_BPO.dtype.itemsize > 2:
         return x_BPO.sum(dim=1)
     return torch.bmm(x_BPO.new_ones(1, 1, 1).expand(*x_BPO.shape[:2], 1).transpose(1, 2), x_BPO).squeeze(1)
-
-
-def _sum_of_outer_products(x_BPI: Tensor, y_BPO: Tensor) -> Tensor:
-    """x^T @ y (B, I, O). A single picture's as a matrix: the library copies some of what is transposed in a batch."""
-    if len(x_BPI) == 1:
-        return torch.mm(x_BPI[0].t(), y_BPO[0]).unsqueeze(0)
-    return torch.bmm(x_BPI.transpose(1, 2), y_BPO)
 
 
 def _sum_of_channels(x_BPO: Tensor) -> Tensor:

@@ -17,15 +17,16 @@ from pipeline.cluster.session import ClusterError
 from pipeline.config import Config, load_config
 from pipeline.data.stream import DataConfig
 from pipeline.storage import StorageConfig
-from pipeline.training import local, loop
+from pipeline.training import local
 from pipeline.training.checkpoint import GENERATOR, TRAINING, read_info, read_tensors
 from pipeline.training.notes import read_restarts
 from pipeline.training.observers import read_log
 from tests import ray_workers
-from tests.ddp import default_dtype, one_thread
+from tests.ddp import one_thread
 from tests.faults import recovery, starts, train_during, wait_for_images, wait_for_start
 from tests.ray_nodes import ray_cluster
 from tests.small import SMALL_CLUSTER_SETTINGS
+from tests.without_ray import training_in_float64
 
 pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -72,8 +73,7 @@ def test_two_workers_then_one_then_two(
     # In float64, where another number of workers is rounding and no more (tests/integration/test_same_on_ray.py).
     monkeypatch.setattr(local, "local_device", lambda: torch.device("cpu"))
     alone = config_of(tmp_path, "alone", data, {})
-    with monkeypatch.context() as patch, default_dtype(torch.float64), one_thread():
-        patch.setattr(loop, "sample_sheet", ray_workers.blank_sheet)
+    with training_in_float64(), one_thread():
         expected = tensors_of(local.train_here(alone.plan()).checkpoint)
 
     monkeypatch.setattr(training, "worker", ray_workers.halting)

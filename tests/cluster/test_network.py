@@ -32,10 +32,11 @@ from pipeline.training.checkpoint import (
 )
 from pipeline.training.notes import read_restarts
 from pipeline.training.observers import read_log
-from tests.faults import starts, train_without_ray
+from tests.faults import starts
 from tests.network import Machine, Network, network
 from tests.servers import s3_server
 from tests.small import SMALL_CLUSTER_SETTINGS, small_pictures
+from tests.without_ray import train_without_ray
 
 pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -115,9 +116,14 @@ class Run:
         """Of each start of the workers, the addresses of their machines by rank."""
         return [[worker["address"] for worker in start] for start in starts(self.config)]
 
-    def recovery(self, name: str, fault: float) -> float:
-        """Seconds from a fault (Unix time) until it was noticed; prints them, and those to the next tick."""
-        (restart,) = self.restarts()
+    def recovery(self, number: int, name: str, fault: float) -> float:
+        """Waits until training goes on after a restart, counted from 1.
+
+        Returns the seconds from a fault (Unix time) until it was noticed; prints them, and those to the next tick.
+        """
+        self.until(f"restart {number}", lambda: len(self.restarts()) >= number)
+        restart = self.restarts()[number - 1]
+        self.until("a tick after it", lambda: self.ticks()[-1]["time"] > restart["time"])
         again = min(tick["time"] for tick in self.ticks() if tick["time"] > restart["time"])
         noticed = float(restart["time"] - fault)
         print(f"{name}: noticed after {noticed:.1f} s, trained again after {again - fault:.1f} s ({restart['cause']})")
@@ -262,32 +268,27 @@ def test_two_machines_train_as_one(site: Site, undisturbed: dict[str, Any]) -> N
     assert_same(found, undisturbed)
 
 
-def test_a_node_dies(site: Site, undisturbed: dict[str, Any]) -> None:
-    with site.training("dead") as run:
+def test_a_node_dies_and_another_is_cut_off(site: Site, undisturbed: dict[str, Any]) -> None:
+    """Each time the one of rank 0, which writes the log and the checkpoints; each time a new machine joins."""
+    with site.training("faults") as run:
         run.until_in_the_middle()
-        dead = site.lose(run.starts()[-1][0])  # of rank 0, which writes the log and the checkpoints
+        dead = site.lose(run.starts()[-1][0])
         assert workers_on(dead) == 1
-        fault = time.time()
+        died = time.time()
         dead.kill()
-        replacement = site.join().done()
-        found = run.finish()
-    assert run.starts()[-1][0] != dead.address
-    assert replacement.address in run.starts()[-1]
-    assert run.recovery("a node killed", fault) < NOTICED_S
-    assert_same(found, undisturbed)
+        site.join().done()
+        assert run.recovery(1, "a node killed", died) < NOTICED_S
 
-
-def test_a_node_is_cut_off(site: Site, undisturbed: dict[str, Any]) -> None:
-    with site.training("cut") as run:
-        run.until_in_the_middle()
         cut = site.lose(run.starts()[-1][0])
-        fault = time.time()
+        separated = time.time()
         cut.unplug()
         replacement = site.join().done()
-        run.until("workers on the new machine", lambda: replacement.address in run.starts()[-1])
+        assert run.recovery(2, "a node cut off", separated) < NOTICED_S
         assert workers_on(cut) == 1  # it knows of nothing and waits for the other
         found = run.finish()
-    assert run.recovery("a node cut off", fault) < NOTICED_S
+    first, second, third = run.starts()
+    assert dead.address in first and dead.address not in second
+    assert cut.address in second and cut.address not in third and replacement.address in third
     assert_same(found, undisturbed)
 
     # Back on the network it learns that it was given up, and ends; it has written over nothing.

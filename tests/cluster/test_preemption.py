@@ -11,16 +11,24 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from pipeline.cluster import training
-from pipeline.cluster.training import train_on_ray
 from pipeline.config import Config, load_config
 from pipeline.data.stream import DataConfig
 from pipeline.training.checkpoint import list_checkpoints
 from pipeline.training.notes import read_restarts
 from pipeline.training.observers import read_log
 from tests import ray_workers
-from tests.faults import images_seen, last_checkpoint, recovery, starts, train_during, wait_for_start, wait_until
+from tests.faults import (
+    images_seen,
+    last_checkpoint,
+    recovery,
+    starts,
+    train_during,
+    wait_for_start,
+    wait_until,
+)
 from tests.ray_nodes import ray_cluster
 from tests.small import SMALL_CLUSTER_SETTINGS
+from tests.without_ray import train_without_ray
 
 pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -62,7 +70,7 @@ def test_a_node_announces_its_end(
         return load_config(None, [*SETTINGS, *places, f"cluster.address={cluster.address}"])
 
     undisturbed = config_of("undisturbed", {})
-    train_on_ray(undisturbed, None)
+    train_without_ray(undisturbed, tmp_path / "undisturbed-processes", float64=True)
 
     # Training waits at its 4th tick for the notice, and stands still from its 8th tick on until its node is gone.
     config = config_of("announced", {"1": {"4": "notice", "8": "end"}})

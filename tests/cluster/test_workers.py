@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -34,13 +33,13 @@ from tests.faults import (
     wait_for_start,
     wait_until,
 )
-from tests.ray_nodes import ray_nodes
 from tests.small import SMALL_CLUSTER_SETTINGS
+from tests.without_ray import train_without_ray
 
 pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
-TOTAL, TICK = 960, 40
+TOTAL, TICK = 1200, 40
 SETTINGS = [
     *SMALL_CLUSTER_SETTINGS,
     "train.r1_interval=4",
@@ -55,27 +54,20 @@ STORY_S = 180.0  # for what has to happen in a run before a fault
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with ray_nodes(2, cpus=1) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-def config_of(folder: Path, name: str, data: DataConfig, address: str, *more: str) -> Config:
-    places = [f"data.uri={data.uri}", f"run.dir={folder}", f"run.name={name}", f"cluster.address={address}"]
+def config_of(folder: Path, name: str, data: DataConfig, nodes: str, *more: str) -> Config:
+    places = [f"data.uri={data.uri}", f"run.dir={folder}", f"run.name={name}", f"cluster.address={nodes}"]
     return load_config(None, [*SETTINGS, *places, *more])
 
 
 @pytest.fixture(scope="module")
-def undisturbed(folder: Path, data: DataConfig, address: str) -> Config:
+def undisturbed(folder: Path, data: DataConfig) -> Config:
     """The run that all others are compared with."""
-    config = config_of(folder, "undisturbed", data, address)
-    assert train_on_ray(config, None).images_seen == TOTAL
-    assert read_restarts(config.run_uri, config.storage) == []
+    config = config_of(folder, "undisturbed", data, "local", "train.evaluate_kimg=")
+    train_without_ray(config, folder / "undisturbed-processes")
     return config
 
 
@@ -87,12 +79,15 @@ def check_same_end(config: Config, undisturbed: Config) -> None:
     assert last_checkpoint(config) == last_checkpoint(undisturbed)
 
 
-def test_workers_die_in_a_step_in_an_upload_and_in_an_evaluation(
-    folder: Path, data: DataConfig, address: str, undisturbed: Config, monkeypatch: pytest.MonkeyPatch
+def test_workers_die_and_hang(
+    folder: Path, data: DataConfig, nodes: str, undisturbed: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of(folder, "killed", data, address)
+    """One run: killed in an update, in a checkpoint's upload, standing still, killed in an evaluation."""
+    patience = 5.0
+    more = [f"cluster.health_check_timeout_s={patience}", "cluster.max_failures=4"]
+    config = config_of(folder, "killed", data, nodes, *more)
     monkeypatch.setattr(training, "worker", ray_workers.signing)
-    halves = []
+    halves, hung = [], []
 
     def story() -> None:
         first = wait_for_start(config, 1)
@@ -107,52 +102,38 @@ def test_workers_die_in_a_step_in_an_upload_and_in_an_evaluation(
         recovery(config, 3, time.time())
 
         third = wait_for_start(config, 3)
-        begun, ended = (ray_workers.sign(config, what, TOTAL // 2, 1) for what in ("begun", "ended"))
-        kill_between(third[1]["pid"], "evaluating", begun.exists, ended.exists, STORY_S)
+        os.kill(third[1]["pid"], signal.SIGSTOP)
+        hung.append((third[1]["pid"], time.time()))
         recovery(config, 4, time.time())
+
+        fourth = wait_for_start(config, 4)
+        begun, ended = (ray_workers.sign(config, what, TOTAL // 2, 1) for what in ("begun", "ended"))
+        kill_between(fourth[1]["pid"], "evaluating", begun.exists, ended.exists, STORY_S)
+        recovery(config, 5, time.time())
 
     outcome = train_during(config, story)
 
-    causes = [restart["cause"] for restart in read_restarts(config.run_uri, config.storage)]
-    assert len(causes) == 3 and len(starts(config)) == 4
-    assert "worker 1: " in causes[0] and "worker 0: " in causes[1] and "worker 1: " in causes[2]
+    restarts = read_restarts(config.run_uri, config.storage)
+    causes = [restart["cause"] for restart in restarts]
+    assert len(causes) == 4 and len(starts(config)) == 5
+    assert "worker 1: " in causes[0] and "worker 0: " in causes[1] and "worker 1: " in causes[3]
     (half,) = halves
     assert half is not None and int(half.name) > 0
+    ((pid, since),) = hung
+    assert causes[2] == f"worker 1: no answer for {patience:g} s (cluster.health_check_timeout_s)"
+    print(f"DETECTED {config.run.name}: {restarts[2]['time'] - since:.1f} s after it hung")
+    assert patience <= restarts[2]["time"] - since <= patience + 3.0
+    wait_until(f"the end of process {pid}, which hung", 30.0, lambda: not alive(pid))
     assert (TOTAL // 2 - 2 * TICK) <= outcome.resumed_from <= TOTAL // 2
     assert [result["metric"] for result in outcome.results] == ["fd_efficientnet_lite0"]
     check_same_end(config, undisturbed)
 
 
-def test_a_worker_that_hangs_is_taken_for_dead(
-    folder: Path, data: DataConfig, address: str, undisturbed: Config
-) -> None:
-    patience = 4.0
-    config = config_of(folder, "hung", data, address, f"cluster.health_check_timeout_s={patience}")
-    hung: list[tuple[int, float]] = []
-
-    def story() -> None:
-        pid = wait_for_start(config, 1)[1]["pid"]
-        wait_for_images(config, 4 * TICK, STORY_S)
-        os.kill(pid, signal.SIGSTOP)
-        hung.append((pid, time.time()))
-        recovery(config, 2, time.time())
-
-    train_during(config, story)
-
-    ((pid, since),) = hung
-    (restart,) = read_restarts(config.run_uri, config.storage)
-    assert restart["cause"] == f"worker 1: no answer for {patience:g} s (cluster.health_check_timeout_s)"
-    print(f"DETECTED {config.run.name}: {restart['time'] - since:.1f} s after it hung")
-    assert patience <= restart["time"] - since <= patience + 3.0
-    wait_until(f"the end of process {pid}, which hung", 30.0, lambda: not alive(pid))
-    check_same_end(config, undisturbed)
-
-
 def test_the_driver_dies_and_the_same_command_goes_on(
-    folder: Path, data: DataConfig, address: str, undisturbed: Config, tmp_path: Path
+    folder: Path, data: DataConfig, nodes: str, undisturbed: Config, tmp_path: Path
 ) -> None:
     tracking = ["tracking.enabled=true", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", "tracking.model_name=driver"]
-    config = config_of(folder, "driver", data, address, *tracking)
+    config = config_of(folder, "driver", data, nodes, *tracking)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     command = [sys.executable, "-m", "jobs.train", "--config", str(tmp_path / "config.yaml")]
 
@@ -191,15 +172,15 @@ def test_the_driver_dies_and_the_same_command_goes_on(
 
 
 def test_a_cluster_that_is_too_small_is_told_in_time(
-    folder: Path, data: DataConfig, address: str, capfd: pytest.CaptureFixture[str]
+    folder: Path, data: DataConfig, nodes: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    few = ["cluster.workers=3", "train.batch_size=12", "cluster.worker_start_timeout_s=3"]
-    config = config_of(folder, "too-many", data, address, *few)
+    few = ["cluster.workers=4", "train.batch_size=16", "cluster.worker_start_timeout_s=3"]
+    config = config_of(folder, "too-many", data, nodes, *few)
     began = time.monotonic()
     with pytest.raises(ClusterError) as told:
         train_on_ray(config, None)
     assert 3.0 <= time.monotonic() - began <= 10.0
-    for part in ("after 3 s", "3 workers with 1 CPU each", "room for 2, with 2 CPU on 3 nodes", "min_workers"):
+    for part in ("after 3 s", "4 workers with 1 CPU each", "room for 3, with 3 CPU on 4 nodes", "min_workers"):
         assert part in str(told.value)
     assert "waiting for machines, 3 s at most" in capfd.readouterr().out
     assert images_seen(config) == -1

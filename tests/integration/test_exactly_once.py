@@ -17,7 +17,6 @@ from pipeline.config import load_config
 from pipeline.data.manifest import read_manifest
 from pipeline.data.stream import read_images
 from pipeline.training.step import Updates
-from tests.ray_nodes import ray_nodes
 from tests.small import SMALL_SETTINGS, small_data
 
 pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow]
@@ -67,13 +66,12 @@ def digest(picture: Tensor) -> str:
     return hashlib.sha256(picture.numpy().tobytes()).hexdigest()
 
 
-def test_each_sample_is_trained_on_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_sample_is_trained_on_once(nodes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = small_data(tmp_path / "data", SAMPLES, row_group_rows=7)
     places = [f"data.uri={data.uri}", f"run.dir={tmp_path}", "run.name=killed"]
     monkeypatch.setattr(training, "worker", watched)
-    with ray_nodes(2, cpus=1) as address:
-        config = load_config(None, [*SMALL, *places, f"cluster.address={address}"])
-        outcome = training.train_on_ray(config, None)
+    config = load_config(None, [*SMALL, *places, f"cluster.address={nodes}"])
+    outcome = training.train_on_ray(config, None)
     assert outcome.images_seen == SAMPLES
     assert len(read_restarts(config.run_uri, config.storage)) == len(KILLS)
     assert all((tmp_path / f"killed-{images_seen}").exists() for images_seen in KILLS)

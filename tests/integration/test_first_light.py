@@ -24,7 +24,6 @@ from pipeline.config import Config, load_config, to_yaml
 from pipeline.training.checkpoint import list_checkpoints
 from pipeline.training.observers import read_log
 from tests.mlflow_server import mlflow_server
-from tests.ray_nodes import ray_nodes
 from tests.servers import S3Server
 from tests.small import SMALL_SETTINGS, small_pictures
 
@@ -35,7 +34,7 @@ SMALL = [
     "train.precision=fp32",
     "train.r1_gamma=1",
     "train.tick_kimg=0.08",
-    "train.checkpoint_kimg=0.4",
+    "train.checkpoint_kimg=0.24",
     "evaluate.images=64",
     "evaluate.input_size=32",
     "cluster.workers=2",
@@ -72,11 +71,11 @@ def ancestors(pid: int) -> Iterator[int]:
         yield pid
 
 
-def test_first_light(s3: S3Server, tmp_path: Path) -> None:
+def test_first_light(s3: S3Server, nodes: str, tmp_path: Path) -> None:
     bucket = s3.new_bucket()
     pictures = small_pictures(tmp_path / "pictures", 80)
     (pictures / "broken.jpg").write_bytes((pictures / "000.png").read_bytes()[:100])
-    with mlflow_server(tmp_path) as server, ray_nodes(2, cpus=1) as address:
+    with mlflow_server(tmp_path) as server:
         config = load_config(
             None,
             [
@@ -85,17 +84,17 @@ def test_first_light(s3: S3Server, tmp_path: Path) -> None:
                 f"data.uri=s3://{bucket}/data",
                 f"run.dir=s3://{bucket}/runs",
                 "run.name=light",
-                f"cluster.address={address}",
+                f"cluster.address={nodes}",
                 f"tracking.uri={server.uri}",
-                "train.total_kimg=2.4",
-                "train.evaluate_kimg=2.4",
+                "train.total_kimg=1.6",
+                "train.evaluate_kimg=1.6",
             ],
         )
         report = ingest.run(config)
         assert (report.samples, [skipped.path for skipped in report.skipped]) == (80, ["broken.jpg"])
 
         done = threading.Event()
-        killer = threading.Thread(target=kill_a_worker_after, args=(config, 800, done))
+        killer = threading.Thread(target=kill_a_worker_after, args=(config, 480, done))
         killer.start()
         try:
             trained = train.run(config)
@@ -105,17 +104,17 @@ def test_first_light(s3: S3Server, tmp_path: Path) -> None:
 
         # The kill happened, cost a restart, and left neither a gap nor a second MLflow run.
         assert len(read_restarts(config.run_uri, config.storage)) == 1
-        assert trained.outcome.resumed_from >= 400
-        assert trained.outcome.images_seen == 2400
-        assert list_checkpoints(config.run_uri, config.storage)[-1] == 2400
+        assert trained.outcome.resumed_from >= 240
+        assert trained.outcome.images_seen == 1600
+        assert list_checkpoints(config.run_uri, config.storage)[-1] == 1600
         log = read_log(config.run_uri, config.storage)
-        assert [line["images_seen"] for line in log] == list(range(0, 2401, 80))
+        assert [line["images_seen"] for line in log] == list(range(0, 1601, 80))
         client = MlflowClient(server.uri)
         (experiment,) = [e for e in client.search_experiments() if e.name == config.tracking.experiment]
         (run,) = client.search_runs([experiment.experiment_id])
         assert (run.info.run_id, run.info.status) == (trained.tracking_run, "FINISHED")
         steps = {metric.step for metric in client.get_metric_history(run.info.run_id, "loss/D")}
-        assert steps == set(range(80, 2401, 80))
+        assert steps == set(range(80, 1601, 80))
         assert run.data.params["train.batch_size"] == "8"
         assert run.inputs.dataset_inputs[0].dataset.digest == report.digest[:36]
 
@@ -150,7 +149,7 @@ def test_first_light(s3: S3Server, tmp_path: Path) -> None:
             assert np.asarray(sheet).std() > 1
 
         # Started again, the finished run does nothing but say so.
-        assert train.train(config, trained.tracking_run).resumed_from == 2400
+        assert train.train(config, trained.tracking_run).resumed_from == 1600
 
 
 def write_config(folder: Path, config: Config) -> str:

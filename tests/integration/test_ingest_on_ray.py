@@ -19,7 +19,7 @@ from pipeline.ingest.records import PartRecord
 from pipeline.ingest.verify import verify
 from pipeline.storage import StorageConfig, write_bytes
 from tests.pictures import BLUE_MARBLE, picture_files, write_folder
-from tests.ray_nodes import ray_cluster, ray_nodes
+from tests.ray_nodes import ray_cluster
 from tests.servers import S3Server
 
 pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow]
@@ -27,21 +27,22 @@ pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow]
 STORAGE = StorageConfig()
 
 
-def test_the_same_bytes_as_on_one_machine(s3: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From S3 to S3 on two nodes, by the job itself; then what goes wrong in a task is said as it is elsewhere."""
+def test_the_same_bytes_as_on_one_machine(
+    s3: S3Server, nodes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From S3 to S3 on three nodes, by the job itself; then what goes wrong in a task is said as it is elsewhere."""
     from jobs import ingest as job
 
     files, bucket = picture_files(60), s3.new_bucket()
     for name, data in files.items():
         write_bytes(f"s3://{bucket}/in/{name}", data, STORAGE)
     settings = ["ingest.tile=", "model.size=16", "ingest.part_pictures=7", f"ingest.source=s3://{bucket}/in"]
-    with ray_nodes(2, cpus=1) as address:
-        on_ray = [*settings, f"cluster.address={address}"]
-        report = job.run(load_config("demo", [*on_ray, f"data.uri=s3://{bucket}/out"]))
-        assert f"ingest as tasks of the Ray cluster at {address}" in capsys.readouterr().out
-        write_bytes(f"s3://{bucket}/in/z.png", b"no picture", STORAGE)
-        with pytest.raises(DataError, match="z.png cannot be decoded.*strict"):
-            job.run(load_config("demo", [*on_ray, f"data.uri=s3://{bucket}/strict", "ingest.strict=true"]))
+    on_ray = [*settings, f"cluster.address={nodes}"]
+    report = job.run(load_config("demo", [*on_ray, f"data.uri=s3://{bucket}/out"]))
+    assert f"ingest as tasks of the Ray cluster at {nodes}" in capsys.readouterr().out
+    write_bytes(f"s3://{bucket}/in/z.png", b"no picture", STORAGE)
+    with pytest.raises(DataError, match="z.png cannot be decoded.*strict"):
+        job.run(load_config("demo", [*on_ray, f"data.uri=s3://{bucket}/strict", "ingest.strict=true"]))
     assert (report.samples, report.parts) == (60, 9)
     config = IngestConfig(source=str(write_folder(tmp_path / "in", files)), size=16, part_pictures=7, workers=1)
     assert ingest(config, str(tmp_path / "out"), STORAGE, progress=False).digest == report.digest

@@ -3,12 +3,10 @@
 The whole way of a run: configuration, worker group, DDP, data stream, loop, log and checkpoint.
 """
 
+import contextlib
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,14 +14,14 @@ from torch import Tensor
 from pipeline.cluster import training
 from pipeline.config import Config, load_config
 from pipeline.data.stream import DataConfig
-from pipeline.models.cips import Generator
 from pipeline.storage import StorageConfig
-from pipeline.training import local, loop
+from pipeline.training import local
 from pipeline.training.checkpoint import GENERATOR, TRAINING, checkpoint_folder, read_info, read_tensors
 from pipeline.training.observers import read_log
-from tests.ddp import default_dtype, one_thread
-from tests.ray_nodes import ray_nodes
+from tests import ray_workers
+from tests.ddp import one_thread
 from tests.small import SMALL_SETTINGS, small_data
+from tests.without_ray import training_in_float64
 
 pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -48,31 +46,13 @@ SMALL = [
     "cluster.health_check_interval_s=0.5",
     "tracking.enabled=false",
 ]
-WORKERS = (1, 2, 3)
-worker = training.worker
-
-
-def blank_sheet(generator: Generator, columns: int, rows: int, *, seed: int, batch_size: int = 16) -> np.ndarray:
-    """Stands for a sheet of samples, which are drawn from float32 latents; nothing of training depends on it."""
-    return np.zeros((columns, rows, 3), np.uint8)
-
-
-def in_float64(settings: dict[str, Any]) -> dict[str, Any]:
-    """A worker that makes all weights, and so all of training, in float64."""
-    loop.sample_sheet = blank_sheet
-    with default_dtype(torch.float64):
-        return worker(settings)
+WORKERS = {torch.float64: (1, 2, 3), torch.float32: (3,)}
+"""Each start costs what all updates cost together; in float32 the hardest case has to do."""
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     return small_data(tmp_path_factory.mktemp("data"), 72, row_group_rows=9)
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with ray_nodes(max(WORKERS), cpus=1) as found:
-        yield found
 
 
 def config_of(folder: Path, name: str, data: DataConfig, *more: str) -> Config:
@@ -109,28 +89,28 @@ def drift(one: dict[str, Tensor], other: dict[str, Tensor], start: dict[str, Ten
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_ray_and_the_number_of_workers_change_nothing(
-    dtype: torch.dtype, data: DataConfig, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, data: DataConfig, nodes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local, "local_device", lambda: torch.device("cpu"))  # Ray's workers have no GPU here either
-    if dtype == torch.float64:
-        monkeypatch.setattr(training, "worker", in_float64)
-        monkeypatch.setattr(loop, "sample_sheet", blank_sheet)
+    float64 = dtype == torch.float64
+    if float64:
+        monkeypatch.setattr(training, "worker", ray_workers.in_float64)
     alone = config_of(tmp_path, "alone", data)
-    with default_dtype(dtype), one_thread():
+    with training_in_float64() if float64 else contextlib.nullcontext(), one_thread():
         expected = tensors_of(local.train_here(alone.plan()).checkpoint)
     start = tensors_of(checkpoint_folder(alone.run_uri, 0))
     assert expected["generator.first.weight"].dtype == dtype
     assert sum("loss/r1" in losses for losses in losses_of(alone)) == 5
-    for workers in WORKERS:
-        more = [f"cluster.workers={workers}", f"cluster.address={address}"]
+    for workers in WORKERS[dtype]:
+        more = [f"cluster.workers={workers}", f"cluster.address={nodes}"]
         config = config_of(tmp_path, f"workers-{workers}", data, *more)
         outcome = training.train_on_ray(config, None)
         assert outcome.images_seen == UPDATES * BATCH
         for update, losses in enumerate(losses_of(config)):
-            wanted = pytest.approx(losses_of(alone)[update], rel=1e-3 if dtype == torch.float32 else 1e-9)
+            wanted = pytest.approx(losses_of(alone)[update], rel=1e-9 if float64 else 1e-3)
             assert losses == wanted, f"{workers} workers, update {update}"
         found = tensors_of(outcome.checkpoint)
-        if dtype == torch.float32:
-            assert drift(found, expected, start) <= 1e-2, f"{workers} workers"
-        else:
+        if float64:
             assert largest_difference(found, expected) <= 1e-8, f"{workers} workers"
+        else:
+            assert drift(found, expected, start) <= 1e-2, f"{workers} workers"

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.storage import StorageConfig
@@ -108,8 +109,16 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             wait_until_open(dashboard, process)
             yield Head(dashboard, environment, binaries)
         finally:
-            process.terminate()  # it ends all that it has started, which takes a while on a busy machine
-            process.wait(PATIENCE_S)
+            end_with_children(process)
+
+
+def end_with_children(process: subprocess.Popen[bytes]) -> None:
+    """Ray's own end of a head takes half a minute."""
+    head = psutil.Process(process.pid)
+    for one in (head, *head.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait(PATIENCE_S)
 
 
 @pytest.fixture(scope="module")
