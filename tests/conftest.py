@@ -29,11 +29,14 @@ def s3() -> Iterator[S3Server]:
 
 
 @pytest.fixture(scope="session")
-def nodes(s3: S3Server) -> Iterator[str]:
-    """The address of a Ray cluster, a head and three nodes of one CPU, for all tests that break no node of it."""
+def ray_address(s3: S3Server) -> Iterator[str]:
+    """Of a cluster, a head and two nodes of one CPU, for all tests that break none of its nodes.
+
+    Starting one takes ten seconds. The store's keys are in the environment before, so that its nodes have them.
+    """
     from tests.ray_nodes import ray_nodes  # most tests do without Ray
 
-    with ray_nodes(3, cpus=1) as address:
+    with ray_nodes(2, cpus=1) as address:
         yield address
 
 

@@ -1,6 +1,6 @@
-"""Workers for tests: the real one, with a sign or a halt at a moment that a test waits for.
+"""Workers for tests: the real one, in float64, or with a sign or a halt at a moment that a test waits for.
 
-They run in Ray's workers, so they are told what to do by files in run.dir.
+They run in Ray's workers, so signs and halts are files in run.dir.
 """
 
 import json

@@ -26,7 +26,7 @@ def test_the_rate_is_that_of_a_product_timed_by_hand(dtype: torch.dtype) -> None
             call()
             best = min(best, time.perf_counter() - began)
     rate = measured_rate(dtype, CPU, (1024, 256), 0.1)
-    assert 0.05 < rate / (2 * 1024 * 256 * 256 / best) < 2  # other work on the machine only slows it down
+    assert 0.05 < rate / (2 * 1024 * 256 * 256 / best) < 4  # other work on the machine only slows it down
 
 
 def test_what_cannot_be_measured_is_named() -> None:

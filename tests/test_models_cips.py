@@ -9,6 +9,7 @@ from pipeline.coordinates import dense_grid, full_grid, patch_grid
 from pipeline.models.build import ModelConfig, build_generator
 from pipeline.models.cips import Generator, Group
 from pipeline.models.encoding import coordinate_noise
+from pipeline.ops.matrix_product import SMALLEST_PICTURE
 from pipeline.randomness import Purpose, latents, noise_keys
 
 SIZE, BATCH, LATENT = 32, 4, 48
@@ -151,8 +152,8 @@ def test_fewer_pixels_in_flight_change_nothing(
     with torch.no_grad():
         rgb = small(Z[:batch], grid, KEYS[:batch], noise="random")
     assert relative(rgb, pictures["random"][:batch]) < 1e-5
-    assert sum(counts) == SIZE * SIZE and min(counts) >= 64
-    assert max(counts) <= max(limit // batch, 127)
+    assert sum(counts) == SIZE * SIZE and min(counts) >= SMALLEST_PICTURE
+    assert max(counts) <= max(limit // batch, 2 * SMALLEST_PICTURE - 1)
     counts.clear()
     small(Z[:batch], grid, KEYS[:batch], noise="random")
     assert counts == [SIZE * SIZE]  # with gradients the whole list is one piece

@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.ops import fused_linear
-from pipeline.ops.fused_linear import SMALLEST_BLOCK, activation_backward, blocks, product, product_backward
+from pipeline.ops import fused_linear, matrix_product
+from pipeline.ops.fused_linear import activation_backward, blocks, product, product_backward
+from pipeline.ops.matrix_product import SMALLEST_PICTURE, by_convolution
 
 
 def plain(arguments: list[Tensor], slope: float) -> Tensor:
@@ -33,7 +34,7 @@ def test_blocks_cover_every_pixel_once(batch: int, points: int, channels: int, m
         seen = torch.zeros(batch, points, dtype=torch.int64)
         for pictures, pixels in blocks(torch.empty(batch, points, channels)):
             part = seen[pictures, pixels]
-            assert part.shape[1] >= min(points, SMALLEST_BLOCK) / 2 or part.shape[1] == points
+            assert part.shape[1] >= min(points, SMALLEST_PICTURE) / 2 or part.shape[1] == points
             part += 1
     assert torch.equal(seen, torch.ones_like(seen))
 
@@ -84,6 +85,50 @@ def test_the_product_of_a_pixel_does_not_depend_on_its_block() -> None:
     whole = product(x, weight, bias, noise, 0.2, head)
     for one, other in zip(product(x[:, order], weight, bias, noise[:, order], 0.2, head), whole, strict=True):
         assert one is not None and other is not None and torch.equal(one, other[:, order])
+
+
+@pytest.fixture(params=[True, False], ids=["by convolution", "by MKL"])
+def convolution(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Processors of both kinds."""
+    monkeypatch.setattr(matrix_product, "mkl_is_slow", lambda: request.param)
+    return bool(request.param)
+
+
+def wide_inputs(points: int, shared: bool) -> list[Tensor]:
+    """Of as many channels as convolutions are worth it for."""
+    torch.manual_seed(points)
+    shapes = [(points, 256) if shared else (3, points, 256), (3, 256, 256), (256,), (3, points)]
+    return [torch.randn(shape) for shape in shapes]
+
+
+@pytest.mark.parametrize("slope", [0.2, 1.0])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("points", [700, 200])  # parts of one picture, several pictures at once
+def test_either_library_comes_to_the_numbers_of_float64(
+    points: int, shared: bool, slope: float, convolution: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_linear, "BLOCK_BYTES", 400 * 256 * 4)  # 400 pixels at once
+    x, weight, bias, noise = wide_inputs(points, shared)
+    assert by_convolution(x.expand(3, -1, -1), 256) == convolution
+    y_BPO, _ = product(x, weight, bias, noise, slope)
+    exact = [one.double().requires_grad_() for one in (x, weight, bias, noise)]
+    expected = plain(exact, slope)
+    torch.testing.assert_close(y_BPO.double(), expected, rtol=1e-5, atol=1e-4)
+    gradient = torch.randn_like(y_BPO)
+    found = product_backward((gradient, None), x, y_BPO, weight, None, slope, (True,) * 4 + (False,))
+    wanted = torch.autograd.grad(expected, exact, gradient.double())
+    for one, other in zip(found, wanted, strict=False):
+        assert one is not None
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=2e-3)
+
+
+def test_which_other_pixels_there_are_changes_no_bit(convolution: bool) -> None:
+    x, weight, bias, noise = wide_inputs(3000, shared=False)
+    whole, _ = product(x, weight, bias, noise, 0.2)
+    for points in (SMALLEST_PICTURE, SMALLEST_PICTURE + 3, 1000, 2999):
+        chosen = torch.randperm(3000)[:points]
+        part, _ = product(x[:, chosen], weight, bias, noise[:, chosen], 0.2)
+        assert torch.equal(part, whole[:, chosen]), points
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -168,7 +168,7 @@ def test_the_two_halves_are_all_tests() -> None:
 def test_tests_that_start_ray_are_marked() -> None:
     """They run in the half that has the time for it. A fault in a mark shows here, not as a `make test` of an hour."""
     starts = re.compile(
-        r"\b(ray_nodes\(|ray_cluster\(|ray\.init\(|run_on_ray\(|cluster_utils|ray_session\(|nodes: str\b)"
+        r"\b(ray_nodes\(|ray_cluster\(|ray\.init\(|run_on_ray\(|cluster_utils|ray_session\(|ray_address: str\b)"
     )
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         text = path.read_text()

@@ -19,8 +19,8 @@ from tests.ddp import default_dtype, on_workers
 
 
 def train_without_ray(config: Config, folder: Path, *, float64: bool = False) -> None:
-    """The training of a configuration by two processes, which meet in this folder."""
-    on_workers(_train, [2], folder, config.model_dump(mode="json"), float64)
+    """The training of a configuration by as many processes as it has workers; they meet in this folder."""
+    on_workers(_train, [config.cluster.workers], folder, config.model_dump(mode="json"), float64)
 
 
 def _train(world: World, settings: dict[str, Any], float64: bool) -> int:

@@ -13,11 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.models.encoding import Encoding, coordinate_noise
 from pipeline.models.layers import Mapping, ModulatedLinear, ToRGB
+from pipeline.ops.matrix_product import SMALLEST_PICTURE
 
 NoiseMode = Literal["random", "fixed", "off"]
 Recompute = Literal["none", "layer", "segment"]
-
-SMALLEST_CHUNK = 64  # pixels; with fewer rows matrix libraries switch kernels and the last bits change
 
 
 class Generator(nn.Module):
@@ -97,7 +96,7 @@ class Generator(nn.Module):
         batch, points = w_BZ.shape[0], coordinates.shape[-2]
         chunks = 1
         if self.max_pixels_in_flight is not None and not torch.is_grad_enabled():
-            chunks = min(-(-batch * points // self.max_pixels_in_flight), max(1, points // SMALLEST_CHUNK))
+            chunks = min(-(-batch * points // self.max_pixels_in_flight), max(1, points // SMALLEST_PICTURE))
         if chunks <= 1:
             return self._synthesise(w_BZ, coordinates, keys)
         parts = coordinates.tensor_split(chunks, dim=-2)

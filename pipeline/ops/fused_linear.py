@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.ops import fused_compiled, fused_triton
-from pipeline.ops.matrix_product import laid_out, outer, times
+from pipeline.ops.matrix_product import SMALLEST_PICTURE, laid_out, sum_of_outer_products, times
 
 BLOCK_BYTES = 4 << 20
 """Of a block's output: with its input it stays in the last cache of any processor, and calls are few."""
-SMALLEST_BLOCK = 64  # pixels; with fewer rows matrix libraries switch kernels and the last bits change
 
 
 class Gradients(NamedTuple):
@@ -59,7 +58,7 @@ def product(
     y_BPO = x.new_empty(batch, points, weight_BIO.shape[2])
     result_BPR = None if head_BOR is None else x.new_empty(batch, points, head_BOR.shape[2])
     left_BPK, right_KO = _addends(bias_O, noise_BP, y_BPO)
-    weight_BIO = laid_out(weight_BIO)
+    weight_BIO = laid_out(weight_BIO, x_BPI)
     for pictures, pixels in blocks(y_BPO):
         y, rows, weight = y_BPO[pictures, pixels], x_BPI[pictures, pixels], weight_BIO[pictures]
         times(rows, weight, out=y)
@@ -117,14 +116,15 @@ def product_backward(
         if grad_noise is not None and noise is not None:
             grad_noise[pictures, pixels] = noise
         if grad_weight is not None:
-            grad_weight[pictures] += outer(rows, gradient)
+            grad_weight[pictures] += sum_of_outer_products(rows, gradient)
         if grad_x is not None:
             times(gradient, weight_BOI[pictures], out=grad_x[pictures, pixels])
         if grad_product is not None:
             grad_product[pictures, pixels] = gradient
     if grad_product is not None:  # one product sums over the pictures in full precision
         grad_x = x.new_empty(x.shape)
-        times(grad_product.transpose(0, 1).flatten(1)[None], weight_BOI.flatten(0, 1)[None], out=grad_x[None])
+        flat_1PK = grad_product.transpose(0, 1).flatten(1)[None]  # K: pictures times channels out
+        times(flat_1PK, laid_out(weight_BOI.flatten(0, 1)[None], flat_1PK), out=grad_x[None])
     return Gradients(grad_x, grad_weight, grad_bias, grad_noise, grad_head)
 
 
@@ -188,7 +188,7 @@ def _sum_of_channels(x_BPO: Tensor) -> Tensor:
 def blocks(y_BPO: Tensor) -> Iterator[tuple[slice, slice]]:
     """Pictures and pixels to be computed together: several whole pictures, or equal parts of one."""
     batch, points, channels = y_BPO.shape
-    most = max(SMALLEST_BLOCK, BLOCK_BYTES // (channels * y_BPO.element_size()))
+    most = max(SMALLEST_PICTURE, BLOCK_BYTES // (channels * y_BPO.element_size()))
     if points <= most or y_BPO.is_cuda:
         together = batch if y_BPO.is_cuda else max(1, most // max(1, points))
         for first in range(0, batch, together):

@@ -121,12 +121,13 @@ class Run:
 
         Returns the seconds from a fault (Unix time) until it was noticed; prints them, and those to the next tick.
         """
-        self.until(f"restart {number}", lambda: len(self.restarts()) >= number)
+        self.until(f"restart {number}", lambda: len(self.restarts()) == number)
         restart = self.restarts()[number - 1]
         self.until("a tick after it", lambda: self.ticks()[-1]["time"] > restart["time"])
-        again = min(tick["time"] for tick in self.ticks() if tick["time"] > restart["time"])
-        noticed = float(restart["time"] - fault)
-        print(f"{name}: noticed after {noticed:.1f} s, trained again after {again - fault:.1f} s ({restart['cause']})")
+        first = next(tick for tick in self.ticks() if tick["time"] > restart["time"])
+        assert first["images_seen"] > CHECKPOINT, "training began anew, not from its checkpoint"
+        noticed, again = float(restart["time"] - fault), first["time"] - fault
+        print(f"{name}: noticed after {noticed:.1f} s, trained again after {again:.1f} s ({restart['cause']})")
         return noticed
 
     def finish(self) -> dict[str, Any]:
@@ -276,19 +277,19 @@ def test_a_node_dies_and_another_is_cut_off(site: Site, undisturbed: dict[str, A
         assert workers_on(dead) == 1
         died = time.time()
         dead.kill()
-        site.join().done()
+        first_replacement = site.join().done()
         assert run.recovery(1, "a node killed", died) < NOTICED_S
 
         cut = site.lose(run.starts()[-1][0])
         separated = time.time()
         cut.unplug()
-        replacement = site.join().done()
+        second_replacement = site.join().done()
         assert run.recovery(2, "a node cut off", separated) < NOTICED_S
         assert workers_on(cut) == 1  # it knows of nothing and waits for the other
         found = run.finish()
     first, second, third = run.starts()
-    assert dead.address in first and dead.address not in second
-    assert cut.address in second and cut.address not in third and replacement.address in third
+    assert dead.address in first and dead.address not in second and first_replacement.address in second
+    assert cut.address in second and cut.address not in third and second_replacement.address in third
     assert_same(found, undisturbed)
 
     # Back on the network it learns that it was given up, and ends; it has written over nothing.

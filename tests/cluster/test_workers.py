@@ -58,8 +58,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-def config_of(folder: Path, name: str, data: DataConfig, nodes: str, *more: str) -> Config:
-    places = [f"data.uri={data.uri}", f"run.dir={folder}", f"run.name={name}", f"cluster.address={nodes}"]
+def config_of(folder: Path, name: str, data: DataConfig, address: str, *more: str) -> Config:
+    places = [f"data.uri={data.uri}", f"run.dir={folder}", f"run.name={name}", f"cluster.address={address}"]
     return load_config(None, [*SETTINGS, *places, *more])
 
 
@@ -80,12 +80,12 @@ def check_same_end(config: Config, undisturbed: Config) -> None:
 
 
 def test_workers_die_and_hang(
-    folder: Path, data: DataConfig, nodes: str, undisturbed: Config, monkeypatch: pytest.MonkeyPatch
+    folder: Path, data: DataConfig, ray_address: str, undisturbed: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One run: killed in an update, in a checkpoint's upload, standing still, killed in an evaluation."""
     patience = 5.0
     more = [f"cluster.health_check_timeout_s={patience}", "cluster.max_failures=4"]
-    config = config_of(folder, "killed", data, nodes, *more)
+    config = config_of(folder, "killed", data, ray_address, *more)
     monkeypatch.setattr(training, "worker", ray_workers.signing)
     halves, hung = [], []
 
@@ -130,10 +130,10 @@ def test_workers_die_and_hang(
 
 
 def test_the_driver_dies_and_the_same_command_goes_on(
-    folder: Path, data: DataConfig, nodes: str, undisturbed: Config, tmp_path: Path
+    folder: Path, data: DataConfig, ray_address: str, undisturbed: Config, tmp_path: Path
 ) -> None:
     tracking = ["tracking.enabled=true", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", "tracking.model_name=driver"]
-    config = config_of(folder, "driver", data, nodes, *tracking)
+    config = config_of(folder, "driver", data, ray_address, *tracking)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     command = [sys.executable, "-m", "jobs.train", "--config", str(tmp_path / "config.yaml")]
 
@@ -172,15 +172,15 @@ def test_the_driver_dies_and_the_same_command_goes_on(
 
 
 def test_a_cluster_that_is_too_small_is_told_in_time(
-    folder: Path, data: DataConfig, nodes: str, capfd: pytest.CaptureFixture[str]
+    folder: Path, data: DataConfig, ray_address: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    few = ["cluster.workers=4", "train.batch_size=16", "cluster.worker_start_timeout_s=3"]
-    config = config_of(folder, "too-many", data, nodes, *few)
+    few = ["cluster.workers=3", "train.batch_size=12", "cluster.worker_start_timeout_s=3"]
+    config = config_of(folder, "too-many", data, ray_address, *few)
     began = time.monotonic()
     with pytest.raises(ClusterError) as told:
         train_on_ray(config, None)
     assert 3.0 <= time.monotonic() - began <= 10.0
-    for part in ("after 3 s", "4 workers with 1 CPU each", "room for 3, with 3 CPU on 4 nodes", "min_workers"):
+    for part in ("after 3 s", "3 workers with 1 CPU each", "room for 2, with 2 CPU on 3 nodes", "min_workers"):
         assert part in str(told.value)
     assert "waiting for machines, 3 s at most" in capfd.readouterr().out
     assert images_seen(config) == -1

@@ -66,11 +66,11 @@ def digest(picture: Tensor) -> str:
     return hashlib.sha256(picture.numpy().tobytes()).hexdigest()
 
 
-def test_each_sample_is_trained_on_once(nodes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_sample_is_trained_on_once(ray_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = small_data(tmp_path / "data", SAMPLES, row_group_rows=7)
     places = [f"data.uri={data.uri}", f"run.dir={tmp_path}", "run.name=killed"]
     monkeypatch.setattr(training, "worker", watched)
-    config = load_config(None, [*SMALL, *places, f"cluster.address={nodes}"])
+    config = load_config(None, [*SMALL, *places, f"cluster.address={ray_address}"])
     outcome = training.train_on_ray(config, None)
     assert outcome.images_seen == SAMPLES
     assert len(read_restarts(config.run_uri, config.storage)) == len(KILLS)

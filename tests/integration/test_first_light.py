@@ -4,13 +4,11 @@ Pictures are ingested to S3; two workers on two nodes train from it and keep the
 the run goes on, is measured, registered, promoted, loaded in a new process and asked for pictures.
 """
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +21,7 @@ from pipeline.cluster.follow import read_restarts
 from pipeline.config import Config, load_config, to_yaml
 from pipeline.training.checkpoint import list_checkpoints
 from pipeline.training.observers import read_log
+from tests.faults import starts
 from tests.mlflow_server import mlflow_server
 from tests.servers import S3Server
 from tests.small import SMALL_SETTINGS, small_pictures
@@ -49,29 +48,11 @@ def kill_a_worker_after(config: Config, images_seen: int, done: threading.Event)
     while not done.wait(0.2):
         log = read_log(config.run_uri, config.storage)
         if log and log[-1]["images_seen"] >= images_seen:
-            os.kill(max(descendants("RayTrainWorker")), signal.SIGKILL)
+            os.kill(starts(config)[-1][1]["pid"], signal.SIGKILL)
             return
 
 
-def descendants(title: str) -> list[int]:
-    """Processes that this one's cluster has started, whose command line holds a text: Ray names workers by class."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            pid = int(path.parent.name)
-            if title in path.read_bytes().decode(errors="replace") and os.getpid() in ancestors(pid):
-                found.append(pid)
-    return found
-
-
-def ancestors(pid: int) -> Iterator[int]:
-    """Parent, its parent, and so on."""
-    while pid > 1:
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        yield pid
-
-
-def test_first_light(s3: S3Server, nodes: str, tmp_path: Path) -> None:
+def test_first_light(s3: S3Server, ray_address: str, tmp_path: Path) -> None:
     bucket = s3.new_bucket()
     pictures = small_pictures(tmp_path / "pictures", 80)
     (pictures / "broken.jpg").write_bytes((pictures / "000.png").read_bytes()[:100])
@@ -84,7 +65,7 @@ def test_first_light(s3: S3Server, nodes: str, tmp_path: Path) -> None:
                 f"data.uri=s3://{bucket}/data",
                 f"run.dir=s3://{bucket}/runs",
                 "run.name=light",
-                f"cluster.address={nodes}",
+                f"cluster.address={ray_address}",
                 f"tracking.uri={server.uri}",
                 "train.total_kimg=1.6",
                 "train.evaluate_kimg=1.6",

@@ -28,18 +28,18 @@ STORAGE = StorageConfig()
 
 
 def test_the_same_bytes_as_on_one_machine(
-    s3: S3Server, nodes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    s3: S3Server, ray_address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From S3 to S3 on three nodes, by the job itself; then what goes wrong in a task is said as it is elsewhere."""
+    """From S3 to S3 on two nodes, by the job itself; then what goes wrong in a task is said as it is elsewhere."""
     from jobs import ingest as job
 
     files, bucket = picture_files(60), s3.new_bucket()
     for name, data in files.items():
         write_bytes(f"s3://{bucket}/in/{name}", data, STORAGE)
     settings = ["ingest.tile=", "model.size=16", "ingest.part_pictures=7", f"ingest.source=s3://{bucket}/in"]
-    on_ray = [*settings, f"cluster.address={nodes}"]
+    on_ray = [*settings, f"cluster.address={ray_address}"]
     report = job.run(load_config("demo", [*on_ray, f"data.uri=s3://{bucket}/out"]))
-    assert f"ingest as tasks of the Ray cluster at {nodes}" in capsys.readouterr().out
+    assert f"ingest as tasks of the Ray cluster at {ray_address}" in capsys.readouterr().out
     write_bytes(f"s3://{bucket}/in/z.png", b"no picture", STORAGE)
     with pytest.raises(DataError, match="z.png cannot be decoded.*strict"):
         job.run(load_config("demo", [*on_ray, f"data.uri=s3://{bucket}/strict", "ingest.strict=true"]))

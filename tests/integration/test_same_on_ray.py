@@ -5,6 +5,7 @@ The whole way of a run: configuration, worker group, DDP, data stream, loop, log
 
 import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from pipeline.training.checkpoint import GENERATOR, TRAINING, checkpoint_folder,
 from pipeline.training.observers import read_log
 from tests import ray_workers
 from tests.ddp import one_thread
+from tests.ray_nodes import ray_nodes
 from tests.small import SMALL_SETTINGS, small_data
 from tests.without_ray import training_in_float64
 
@@ -53,6 +55,12 @@ WORKERS = {torch.float64: (1, 2, 3), torch.float32: (3,)}
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     return small_data(tmp_path_factory.mktemp("data"), 72, row_group_rows=9)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with ray_nodes(3, cpus=1) as found:
+        yield found
 
 
 def config_of(folder: Path, name: str, data: DataConfig, *more: str) -> Config:
@@ -89,7 +97,7 @@ def drift(one: dict[str, Tensor], other: dict[str, Tensor], start: dict[str, Ten
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_ray_and_the_number_of_workers_change_nothing(
-    dtype: torch.dtype, data: DataConfig, nodes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, data: DataConfig, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local, "local_device", lambda: torch.device("cpu"))  # Ray's workers have no GPU here either
     float64 = dtype == torch.float64
@@ -102,7 +110,7 @@ def test_ray_and_the_number_of_workers_change_nothing(
     assert expected["generator.first.weight"].dtype == dtype
     assert sum("loss/r1" in losses for losses in losses_of(alone)) == 5
     for workers in WORKERS[dtype]:
-        more = [f"cluster.workers={workers}", f"cluster.address={nodes}"]
+        more = [f"cluster.workers={workers}", f"cluster.address={address}"]
         config = config_of(tmp_path, f"workers-{workers}", data, *more)
         outcome = training.train_on_ray(config, None)
         assert outcome.images_seen == UPDATES * BATCH

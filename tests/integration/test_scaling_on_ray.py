@@ -13,13 +13,13 @@ from tests.small import SMALL_SETTINGS
 pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow]
 
 
-def test_results_of_all_workers_come_back_by_rank(nodes: str) -> None:
+def test_results_of_all_workers_come_back_by_rank(ray_address: str) -> None:
     def work(argument: int, world: World, device: torch.device, report: object) -> tuple[int, float, int]:
         assert callable(report)
         report()
         return world.rank, world.sum_(torch.tensor(float(argument + world.rank))).item(), torch.get_num_threads()
 
-    found = run_on_ray(work, 10, load_config("demo", [f"cluster.address={nodes}"]).cluster, 2, 1)
+    found = run_on_ray(work, 10, load_config("demo", [f"cluster.address={ray_address}"]).cluster, 2, 1)
     assert found == [(0, 21.0, 1), (1, 21.0, 1)]
     assert not ray.is_initialized()
 

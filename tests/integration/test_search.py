@@ -8,12 +8,13 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.mlflow_server import sqlite_uri
+from tests.ray_nodes import ray_nodes
 from tests.small import SMALL_SETTINGS, small_data
 
 pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow]
 
 
-def test_a_grid_search(nodes: str, tmp_path: Path) -> None:
+def test_a_grid_search(tmp_path: Path) -> None:
     data = small_data(tmp_path)
     uri = sqlite_uri(tmp_path)
     (tmp_path / "grid.yaml").write_text("run: {name: grid}\n")
@@ -26,12 +27,13 @@ def test_a_grid_search(nodes: str, tmp_path: Path) -> None:
         "evaluate.images=32",
         "evaluate.input_size=32",
         "cluster.health_check_interval_s=0.5",
-        f"cluster.address={nodes}",
         f"tracking.uri={uri}",
         "tune.space={train.patch.size: [8, null], train.learning_rate: [0.002]}",
     ]
-    command = [sys.executable, "-m", "jobs.tune", "--config", f"{tmp_path}/grid.yaml", *settings]
-    search = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    with ray_nodes(1, cpus=1) as address:  # a trial that took the CPU for itself would wait for ever
+        command = [sys.executable, "-m", "jobs.tune", "--config", f"{tmp_path}/grid.yaml", *settings]
+        command.append(f"cluster.address={address}")
+        search = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert search.returncode == 0, search.stdout + search.stderr
     printed = search.stdout
     rows = [line.split() for line in printed.splitlines() if line.startswith("grid-0")]

@@ -103,11 +103,12 @@ def test_store_and_tracker_are_away_for_a_while(
     data = f"s3://{bucket}/data"
     source = small_pictures(tmp_path / "pictures", 120)
     ingest(IngestConfig(source=str(source), size=16, row_group_rows=4), data, StorageConfig(), progress=False)
-    with ray_nodes(2, cpus=1) as address:
-        places = [f"data.uri={data}", f"run.dir=s3://{bucket}/runs", f"cluster.address={address}"]
-        fair = load_config(None, [*SMALL, *places, "run.name=fair", "tracking.enabled=false"])
-        train_without_ray(fair, tmp_path / "fair")
+    places = [f"data.uri={data}", f"run.dir=s3://{bucket}/runs"]
+    fair = load_config(None, [*SMALL, *places, "run.name=fair", "tracking.enabled=false"])
+    train_without_ray(fair, tmp_path / "fair")
 
+    with ray_nodes(2, cpus=1) as address:
+        places.append(f"cluster.address={address}")
         config = load_config(None, [*SMALL, *places, "run.name=disturbed", f"tracking.uri={tracker.uri}"])
         fault = BothDie(server, tracker, proxy, checkpoint=800)
         trained = train.run(config)

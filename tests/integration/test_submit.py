@@ -94,7 +94,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
-    environment.pop("RAY_ADDRESS", None)
+    for name in ("RAY_ADDRESS", "PYTHONPATH"):  # of this process, which has clusters of its own
+        environment.pop(name, None)
     port, dashboard, agent, client = free_ports(4)
     command = [
         str(binaries / "ray"), "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}",
@@ -113,12 +114,13 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
 
 def end_with_children(process: subprocess.Popen[bytes]) -> None:
-    """Ray's own end of a head takes half a minute."""
-    head = psutil.Process(process.pid)
-    for one in (head, *head.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
-    process.wait(PATIENCE_S)
+    """Kills it and all that it has started; Ray's own way takes half a minute."""
+    if process.poll() is None:
+        head = psutil.Process(process.pid)
+        for one in (head, *head.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        process.wait(PATIENCE_S)
 
 
 @pytest.fixture(scope="module")
