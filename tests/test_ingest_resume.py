@@ -272,7 +272,7 @@ def test_a_shard_that_changed_while_the_ingest_ran_is_not_listed(tmp_path: Path)
 
 def test_ctrl_c_ends_all_processes_and_keeps_what_is_done(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "jobs.ingest", "--config", "demo", f"data.uri={out}", "ingest.part_pictures=1000"]
+    command = [sys.executable, "-m", "jobs.ingest", "--config", "demo", f"data.uri={out}", "ingest.part_pictures=100"]
     process = subprocess.Popen(
         [*command, "ingest.workers=2"], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True
     )
