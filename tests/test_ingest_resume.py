@@ -279,7 +279,7 @@ def test_ctrl_c_ends_all_processes_and_keeps_what_is_done(tmp_path: Path) -> Non
     wait_until(lambda: bool(list(out.glob(".ingest/part-*.json"))), process)
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode == 130
+    assert process.returncode == 130, said
     assert said.splitlines()[-1].endswith("interrupted; the same command goes on where it was")
     assert "Traceback" not in said
     with pytest.raises(ProcessLookupError):  # nobody of its session is left
