@@ -27,10 +27,15 @@ def times(x_BPI: Tensor, weight_BIO: Tensor, out: Tensor) -> None:
         torch.bmm(x_BPI, weight_BIO, out=out)
         return
     for x_PI, weight_IO, out_PO in zip(x_BPI, weight_BIO, out, strict=True):
-        kernel = weight_IO.t()[:, :, None, None]
-        # conv2d would leave oneDNN aside where there is only one thread.
-        y_1OP1 = torch.mkldnn_convolution(_picture(x_PI), kernel, None, [0, 0], [1, 1], [1, 1], 1)
-        out_PO.copy_(y_1OP1[0, :, :, 0].t())
+        out_PO.copy_(convolution(x_PI, weight_IO))
+
+
+def convolution(x_PI: Tensor, weight_IO: Tensor) -> Tensor:
+    """x @ weight, (P, O), by oneDNN; without gradients. Copies weights that do not lie in memory as (O, I)."""
+    kernel = weight_IO.t()[:, :, None, None]
+    # conv2d would leave oneDNN aside where there is only one thread.
+    y_1OP1 = torch.mkldnn_convolution(_picture(x_PI), kernel, None, [0, 0], [1, 1], [1, 1], 1)
+    return y_1OP1[0, :, :, 0].t()
 
 
 def sum_of_outer_products(x_BPI: Tensor, y_BPO: Tensor) -> Tensor:
