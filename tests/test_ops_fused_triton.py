@@ -24,6 +24,7 @@ from pipeline.ops.fused_triton import (
     candidates,
     product,
 )
+from pipeline.ops.modulated_linear import modulated_linear_reference, modulated_linear_with_head
 
 B, P, I, O = 3, 40, 24, 20  # noqa: E741
 SMALL = Tile(16, 16, 16, warps=4, stages=2)  # several tiles of all three dimensions, with parts left over
@@ -132,6 +133,32 @@ def test_all_programs_together_fill_every_tile_once(interpreter: Interpreter) ->
     y[1, 17] = bias
     assert torch.equal(y, bias.expand(B, P, O))
     torch.testing.assert_close(hot, bias + weight[1, 5])
+
+
+def layer_by_kernels(arguments: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    """A layer with a head, and its gradients, as on CUDA: called in the interpreter's process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_triton, "available", lambda x: True)
+        arguments = [argument.requires_grad_(True) for argument in arguments]
+        results = modulated_linear_with_head(*arguments, gain=1.3, slope=0.2)
+        found = [*results, *torch.autograd.grad(results, arguments, weights)]
+    return [tensor.detach() for tensor in found]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_whole_layer_and_its_gradients_are_those_of_equation_2(interpreter: Interpreter, shared: bool) -> None:
+    draw = torch.Generator().manual_seed(1)
+    shapes = [(P, I) if shared else (B, P, I), (I, O), (B, I), (O,), (B, P), (B, O, 3)]
+    exact = [torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    y_BPO = modulated_linear_reference(*exact[:5], gain=1.3, slope=0.2)
+    reference = [y_BPO, y_BPO @ exact[5]]
+    weights = [torch.randn(result.shape, generator=draw, dtype=torch.float64) for result in reference]
+    wanted = [*reference, *torch.autograd.grad(reference, exact, weights)]
+    found = interpreter(
+        layer_by_kernels, [one.detach().float() for one in exact], [weight.float() for weight in weights]
+    )
+    for number, (one, other) in enumerate(zip(found, wanted, strict=True)):
+        assert relative(one, other.detach()) < 1e-5, number
 
 
 def test_nothing_in_is_nothing_out() -> None:

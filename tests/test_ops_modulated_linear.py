@@ -47,6 +47,23 @@ def test_fast_form_equals_equation_2_forward_and_backward(
 
 
 @pytest.mark.parametrize("shared", [False, True])
+def test_wide_layers_equal_equation_2_forward_and_backward(shared: bool) -> None:
+    """As many channels as the generator has, which another library multiplies on some processors."""
+    torch.manual_seed(0)
+    shapes = [(300, 512) if shared else (2, 300, 512), (512, 512), (2, 512), (512,), (2, 300)]
+    arguments = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    fast, reference = modulated_linear(*arguments), modulated_linear_reference(*arguments)
+    assert relative(fast, reference) < 1e-5
+    weight = torch.randn_like(fast)
+    for found, exact in zip(
+        torch.autograd.grad(fast, arguments, weight),
+        torch.autograd.grad(reference, arguments, weight),
+        strict=True,
+    ):
+        assert relative(found, exact) < 1e-5
+
+
+@pytest.mark.parametrize("shared", [False, True])
 def test_bias_and_noise_are_optional(shared: bool) -> None:
     x, weight, style, bias, noise = inputs(torch.float64, shared)
     plain = modulated_linear(x, weight, style)
@@ -64,8 +81,8 @@ def test_twice_differentiable(shared: bool, slope: float) -> None:
     assert torch.autograd.gradgradcheck(functools.partial(modulated_linear, slope=slope), tuple(arguments))
 
 
-def with_head(dtype: torch.dtype, shared: bool) -> list[Tensor]:
-    return [*inputs(dtype, shared), torch.randn(B, O, 3, dtype=dtype, requires_grad=True)]
+def with_head(dtype: torch.dtype, shared: bool, points: int = P) -> list[Tensor]:
+    return [*inputs(dtype, shared, points), torch.randn(B, O, 3, dtype=dtype, requires_grad=True)]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
@@ -201,15 +218,17 @@ def test_a_backward_under_autocast_is_the_same(keep_weights: bool) -> None:
 def test_cuda_equals_equation_2_in_float64(
     dtype: torch.dtype, tolerance: float, shared: bool, one_noise: bool, slope: float
 ) -> None:
-    exact = inputs(torch.float64, shared, points=300)
+    exact = with_head(torch.float64, shared, points=300)
     if one_noise:
         exact[4] = exact[4].detach()[:1].requires_grad_(True)
     arguments = [argument.detach().cuda().float().requires_grad_(True) for argument in exact]
     with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        fast = modulated_linear(*arguments, gain=1.3, slope=slope)
-    reference = modulated_linear_reference(*exact, gain=1.3, slope=slope)
-    assert fast.dtype == dtype and relative(fast.cpu().double(), reference) < tolerance
-    weight = torch.randn_like(reference)
-    found = torch.autograd.grad(fast, arguments, weight.to("cuda", dtype))
-    for one, other in zip(found, torch.autograd.grad(reference, exact, weight), strict=True):
+        fast = modulated_linear_with_head(*arguments, gain=1.3, slope=slope)
+    y_BPO = modulated_linear_reference(*exact[:5], gain=1.3, slope=slope)
+    reference = [y_BPO, y_BPO @ exact[5]]
+    for one, other in zip(fast, reference, strict=True):
+        assert one.dtype == dtype and relative(one.cpu().double(), other) < tolerance
+    weights = [torch.randn_like(other) for other in reference]
+    found = torch.autograd.grad(fast, arguments, [weight.to("cuda", dtype) for weight in weights])
+    for one, other in zip(found, torch.autograd.grad(reference, exact, weights), strict=True):
         assert relative(one.cpu().double(), other) < tolerance

@@ -238,7 +238,7 @@ def test_an_update_looks_at_no_value(train: dict[str, Any], monkeypatch: pytest.
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, there is none")
-@pytest.mark.parametrize("train", [{}, PATCHES], ids=["whole", "patches"])
+@pytest.mark.parametrize("train", [{}, PATCHES, {"cuda_graphs": True}], ids=["whole", "patches", "graphs"])
 def test_an_update_never_waits_for_the_device(train: dict[str, Any]) -> None:
     device = torch.device("cuda", 0)
     settings = small_train(batch_size=16, precision="bf16", **train)

@@ -113,7 +113,8 @@ def quiet_updates(case: Case, world: World, device: torch.device, phases: Phases
     """The updates of a case, which here do not print which precision they chose."""
     if device.type == "cpu":
         keep_freed_memory()  # as jobs.train does
-    train = case.train.model_copy(update={"precision": "fp32"}) if case.reference else case.train
+    published = {"precision": "fp32", "cuda_graphs": False}
+    train = case.train.model_copy(update=published) if case.reference else case.train
     state = build_state(case.model, train, case.seed, device)
     if case.reference:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

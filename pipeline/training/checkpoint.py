@@ -51,6 +51,7 @@ FREE_KEYS = frozenset(
         "train.total_kimg",
         "train.accumulation",
         "train.recompute",
+        "train.cuda_graphs",
         "train.tick_kimg",
         "train.checkpoint_kimg",
         "train.keep_checkpoints",

@@ -40,6 +40,9 @@ class TrainConfig(Section):
     recompute: Recompute = "layer"
     """What G's backward pass computes again, for memory: "none", each "layer"'s modulated weights, or each "segment"
     (a group of two layers), which keeps every other activation only and costs one more forward pass."""
+    cuda_graphs: bool = False
+    """G's forward and backward are recorded once and replayed (CUDA, accumulation=1): for small pictures, where a GPU
+    waits for Python. Keeps the memory of a forward, a backward and G's gradients for good. Has not run on a GPU yet."""
     learning_rate: PositiveFloat = 0.002
     """Adam's rate of G and of D before the lazy rescaling (paper: 2e-3)."""
     betas: tuple[float, float] = (0.0, 0.99)

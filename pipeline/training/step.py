@@ -18,6 +18,7 @@ from pipeline.pictures import to_float
 from pipeline.randomness import Purpose, corners, latents, noise_keys, stride
 from pipeline.training import phases as phase
 from pipeline.training.distribute import distribute, synchronise
+from pipeline.training.graphs import GraphError, record
 from pipeline.training.losses import discriminator_loss, generator_loss, r1_penalty
 from pipeline.training.precision import agreed_precision, precision_sentence
 from pipeline.training.settings import TrainConfig
@@ -57,6 +58,10 @@ class Updates:
         self.dtype = state.average.mean_w.dtype  # float32; float64 where tests ask for it
         self.positions_B = torch.arange(self.share.start, self.share.stop, device=device)
         self.grid_P2 = full_grid(model.size).to(device)
+        if train.cuda_graphs:
+            recorded = self._record_generator()
+            if world.rank == 0:
+                print(recorded, flush=True)
         group = slice(0, model.discriminator.group)
         self.generator = distribute(state.generator, world, device, lambda module: self._rehearse_g(module, group))
         self.discriminator = distribute(state.discriminator, world, device, lambda d: self._rehearse_d(d, group))
@@ -156,12 +161,16 @@ class Updates:
         self, generator: nn.Module, coordinates: Tensor, images_seen: int, part: slice, *, for_generator: bool
     ) -> Tensor:
         """Generated pixels (B, P, 3) at the coordinates of the real ones, for one part of the share."""
+        return generator(*self._drawn(coordinates, images_seen, part, for_generator=for_generator))
+
+    def _drawn(self, coordinates: Tensor, images_seen: int, part: slice, *, for_generator: bool) -> tuple[Tensor, ...]:
+        """What the generator makes pixels from: latents, coordinates and keys of the noise."""
         latent = Purpose.LATENT_GENERATOR if for_generator else Purpose.LATENT_DISCRIMINATOR
         noise = Purpose.NOISE_GENERATOR if for_generator else Purpose.NOISE_DISCRIMINATOR
         positions_B = self.positions_B[part]
         z_BZ = latents(self.seed, latent, images_seen, positions_B, self.state.generator.latent).to(self.dtype)
         keys_B2 = noise_keys(self.seed, noise, images_seen, positions_B)
-        return generator(z_BZ, coordinates[part] if coordinates.ndim == 3 else coordinates, keys_B2)
+        return z_BZ, coordinates[part] if coordinates.ndim == 3 else coordinates, keys_B2
 
     def _coordinates(self, images_seen: int) -> Tensor:
         """The full grid (P, 2), or a patch per picture (B, P, 2) with its corner drawn uniformly."""
@@ -170,6 +179,26 @@ class Updates:
         step = stride(self.seed, images_seen, self.patch.strides)
         corners_B2 = corners(self.seed, images_seen, self.positions_B, self.size, self.patch.size, step)
         return patch_grid(corners_B2, self.patch.size, step)
+
+    def _record_generator(self) -> str:
+        """Makes G's passes CUDA graphs where that can be; says what came of it. Before DDP wraps G and data comes."""
+        if self.device.type != "cuda":
+            return f"CUDA graphs: none, since training is on {self.device.type}"
+        if self.train.accumulation > 1:
+            return "CUDA graphs: none, since gradients are added up over parts (train.accumulation)"
+
+        def draw(number: int) -> tuple[Tensor, ...]:
+            coordinates = self._coordinates(number).clone()
+            return self._drawn(coordinates, number, self.parts[0], for_generator=True)
+
+        problem: GraphError | None = None
+        try:
+            record(self.state.generator, draw, self.autocast)
+        except GraphError as error:
+            problem = error
+        if self.world.sum_(torch.tensor([float(problem is not None)], device=self.device)).item():
+            raise problem or GraphError("CUDA graphs failed in another worker, which says why")
+        return "CUDA graphs: the generator's forward and backward"
 
     def _rehearse_g(self, generator: nn.Module, part: slice) -> Tensor:
         with self.autocast():
@@ -205,7 +234,9 @@ class Updates:
 
     def autocast(self) -> torch.autocast:
         """The context of matrix products in the precision of this run."""
-        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
+        enabled = self.precision != torch.float32
+        # No weight is cast twice inside one: a cache would be of no use, and CUDA graphs refuse it.
+        return torch.autocast(self.device.type, self.precision, enabled=enabled, cache_enabled=False)
 
     def _add(self, name: str, values_B: Tensor) -> None:
         total = values_B.detach().sum()
