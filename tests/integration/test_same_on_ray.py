@@ -48,8 +48,11 @@ SMALL = [
     "cluster.health_check_interval_s=0.5",
     "tracking.enabled=false",
 ]
-WORKERS = {torch.float64: (1, 2, 3), torch.float32: (3,)}
-"""Each start costs what all updates cost together; in float32 the hardest case has to do."""
+PARTS = {torch.float64: {1: 4, 2: 1, 3: 2, 4: 2}, torch.float32: {3: 2}}
+"""In how many parts each number of workers computes its share (`train.accumulation`).
+
+Each start costs what all updates cost together; in float32 the hardest case has to do.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with ray_nodes(3, cpus=1) as found:
+    with ray_nodes(4, cpus=1) as found:
         yield found
 
 
@@ -109,8 +112,8 @@ def test_ray_and_the_number_of_workers_change_nothing(
     start = tensors_of(checkpoint_folder(alone.run_uri, 0))
     assert expected["generator.first.weight"].dtype == dtype
     assert sum("loss/r1" in losses for losses in losses_of(alone)) == 5
-    for workers in WORKERS[dtype]:
-        more = [f"cluster.workers={workers}", f"cluster.address={address}"]
+    for workers, parts in PARTS[dtype].items():
+        more = [f"cluster.workers={workers}", f"train.accumulation={parts}", f"cluster.address={address}"]
         config = config_of(tmp_path, f"workers-{workers}", data, *more)
         outcome = training.train_on_ray(config, None)
         assert outcome.images_seen == UPDATES * BATCH
