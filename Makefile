@@ -1,6 +1,6 @@
 # make demo            trains a small generator on this machine and draws its samples
 # make test            lint, types and every test that needs no Ray cluster: under 15 minutes on 2 cores
-# make test-cluster    the tests that start Ray clusters and break them: 27 minutes on 2 cores
+# make test-cluster    the tests that start Ray clusters and break them: 23 minutes on 2 cores
 # make help            everything else
 #
 # All tools live in .venv, which is made on first use and renewed when pyproject.toml or constraints.txt change.

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from jobs.cli import failing_clearly, going_on, parse
 from pipeline.config import Config, to_yaml
 from pipeline.models.summary import summary_table
-from pipeline.storage import join, write_bytes
+from pipeline.storage import join, patiently, write_bytes
 from pipeline.training.loop import Outcome, check_plan
 
 
@@ -53,8 +53,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(config: Config) -> Trained:
     """Trains; records the run and registers its best generator where tracking is enabled."""
-    check_plan(config.plan())  # what cannot be trained is refused before anything is written or recorded
-    write_bytes(join(config.run_uri, "config.yaml"), to_yaml(config).encode(), config.storage)
+    storage = config.storage
+    # What cannot be trained is refused before anything is written or recorded.
+    patiently(lambda: check_plan(config.plan()), "looking at data and checkpoints", storage)
+    text = to_yaml(config).encode()
+    patiently(lambda: write_bytes(join(config.run_uri, "config.yaml"), text, storage), "writing config.yaml", storage)
     if not config.tracking.enabled:
         return Trained(train(config, None), None, None)
     from pipeline.tracking.recording import recorded, register_best

@@ -13,6 +13,7 @@ import ray
 from pipeline.cluster.training import train_on_ray
 from pipeline.cluster.watch import read_workers
 from pipeline.config import Config
+from pipeline.tracking.recording import recorded
 from pipeline.training.checkpoint import GENERATOR, INDEX, checkpoint_folder, checkpoints_folder, read_info
 from pipeline.training.loop import Outcome
 from pipeline.training.observers import read_log
@@ -33,7 +34,7 @@ def wait_until(what: str, seconds: float, condition: Callable[[], T], pause: flo
 def train_during(config: Config, story: Callable[[], Any]) -> Outcome:
     """Trains, in a thread (nodes can be added by the main thread only), while a story happens to the run."""
     with ThreadPoolExecutor(1) as pool:
-        run = pool.submit(train_on_ray, config, None)
+        run = pool.submit(_train, config)
         try:
             story()
             return run.result()
@@ -42,6 +43,14 @@ def train_during(config: Config, story: Callable[[], Any]) -> Outcome:
             if run.exception() is not None and run.exception() is not error:
                 raise AssertionError(f"the run ended: {run.exception()}") from error
             raise
+
+
+def _train(config: Config) -> Outcome:
+    """As `jobs.train`, but nothing is registered."""
+    if not config.tracking.enabled:
+        return train_on_ray(config, None)
+    with recorded(config) as run_id:
+        return train_on_ray(config, run_id)
 
 
 def images_seen(config: Config) -> int:

@@ -9,9 +9,12 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from mlflow import MlflowClient
+
+from pipeline.config import Config
 from pipeline.tracking.client import connect
 from tests.servers import free_ports
 
@@ -37,17 +40,18 @@ def sqlite_uri(folder: Path) -> str:
 class MlflowServer:
     """Can be stopped and started again; what it stores stays in its folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, host: str, entered: Sequence[str]) -> None:
         (self.port,) = free_ports(1)
-        self.folder = folder
-        self.uri = f"http://127.0.0.1:{self.port}"
+        self.folder, self.host, self.entered = folder, host, entered
+        self.uri = f"http://{host}:{self.port}"
         self.database_uri = sqlite_uri(folder)
         self.log = folder / "server.log"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Starts it and waits until it answers."""
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command = [*self.entered, sys.executable, "-m", "mlflow", "server"]
+        command += ["--host", self.host, "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", self.database_uri]
         command += ["--serve-artifacts", "--artifacts-destination", str(self.folder / "artifacts")]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
@@ -87,11 +91,24 @@ class MlflowServer:
 
 
 @contextlib.contextmanager
-def mlflow_server(folder: Path) -> Iterator[MlflowServer]:
-    """A started server that is stopped at the end."""
-    server = MlflowServer(folder)
+def mlflow_server(folder: Path, host: str = "127.0.0.1", entered: Sequence[str] = ()) -> Iterator[MlflowServer]:
+    """A started server that is stopped at the end.
+
+    host, entered: its address, and what its command must begin with there, as for `s3_server`.
+    """
+    server = MlflowServer(folder, host, entered)
     try:
         server.start()
         yield server
     finally:
         server.stop()
+
+
+def check_one_run(config: Config, steps: Iterable[int]) -> None:
+    """The training is one MLflow run, which has ended well and has the losses of all steps (images seen)."""
+    client = MlflowClient(config.tracking_uri)
+    (experiment,) = [found for found in client.search_experiments() if found.name == config.tracking.experiment]
+    named = f"attributes.run_name = '{config.run.name}'"
+    (run,) = client.search_runs([experiment.experiment_id], named)
+    assert run.info.status == "FINISHED"
+    assert {metric.step for metric in client.get_metric_history(run.info.run_id, "loss/D")} == set(steps)

@@ -17,7 +17,7 @@ STORAGE = StorageConfig()
 def test_each_line_is_shown_once_and_again_after_a_restart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(tmp_path)
     RunFolder(folder, STORAGE, 0).tick(a_tick(0))
-    follower = Follower(folder, STORAGE)  # what an earlier attempt has logged is not shown again
+    follower = Follower(folder, STORAGE, 900.0)  # what an earlier attempt has logged is not shown again
     log = RunFolder(folder, STORAGE, 0)
     for images_seen in (1000, 2000):
         log.tick(a_tick(images_seen))
@@ -28,7 +28,8 @@ def test_each_line_is_shown_once_and_again_after_a_restart(tmp_path: Path, capsy
 
     note_restart(folder, STORAGE, "worker 1: worker died")
     follower._show()
-    assert capsys.readouterr().out == "restart 1: worker 1: worker died\nwaiting for the workers to start\n"
+    waiting = "waiting for the workers to start (cluster.worker_start_timeout_s=900)"
+    assert capsys.readouterr().out == f"restart 1: worker 1: worker died\n{waiting}\n"
     RunFolder(folder, STORAGE, 0).tick(a_tick(1000, loss=2.0))
     follower._show()
     printed = capsys.readouterr().out
@@ -39,14 +40,14 @@ def test_each_line_is_shown_once_and_again_after_a_restart(tmp_path: Path, capsy
 def test_what_workers_say_is_shown_with_what_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, shown = str(tmp_path), list[str]()
     say(tmp_path, Word(0, 1, 0.0, "of an earlier attempt"))
-    with Follower(folder, STORAGE):
+    with Follower(folder, STORAGE, 900.0):
         say(tmp_path, Word(1, 1, 0.0, "no checkpoint at 400 images"))
         say(tmp_path, Word(0, 1, 0.0, "of an earlier attempt"), Word(0, 2, 0.0, "2 workers run"))
         wait_for(capsys, shown, "worker 0: 2 workers run\n")
         RunFolder(folder, STORAGE, 0).tick(a_tick(1000))
         wait_for(capsys, shown, "kimg     1.0/8")
     lines = [line for line in "".join(shown).splitlines() if line.startswith(("w", "kimg"))]
-    assert lines[0] == "waiting for the workers to start"
+    assert lines[0] == "waiting for the workers to start (cluster.worker_start_timeout_s=900)"
     assert set(lines[1:4]) == {
         "worker 1: no checkpoint at 400 images",
         "worker 0: 2 workers run",
@@ -72,6 +73,6 @@ def wait_for(capsys: pytest.CaptureFixture[str], shown: list[str], text: str, de
 
 
 def test_the_last_lines_are_shown_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Follower(str(tmp_path), STORAGE):
+    with Follower(str(tmp_path), STORAGE, 900.0):
         RunFolder(str(tmp_path), STORAGE, 0).tick(a_tick(8000))
     assert "kimg     8.0/8" in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.cluster.resources import remedy, room, shortage, worker_resources
+from pipeline.cluster.resources import one_worker, remedy, room, shortage, worker_resources
 from pipeline.config import ClusterConfig, ConfigError, load_config
 
 GPU_WORKERS = ClusterConfig(workers=4, use_gpu=True, cpus_per_worker=8)
@@ -24,11 +24,12 @@ def test_each_worker_fits_on_one_node_or_not_at_all() -> None:
 
 
 def test_a_shortage_says_what_is_asked_for_and_what_there_is() -> None:
-    assert shortage(GPU_WORKERS, [SMALL, HEAD]) == (
-        "asked for 4 workers with 8 CPU and 1 GPU each; there is room for 0, with 4 CPU and 1 GPU on 2 nodes"
+    assert shortage(GPU_WORKERS, [SMALL, HEAD], {"CPU": 4.0}) == (
+        "asked for 4 workers with 8 CPU and 1 GPU each; there is room for 0, with 4 CPU and 1 GPU on 2 nodes, "
+        "of which 4 CPU and 0 GPU are free"
     )
     elastic = GPU_WORKERS.model_copy(update={"min_workers": 1})
-    assert shortage(elastic, [SMALL]).startswith("asked for 1 worker with")
+    assert shortage(elastic, [SMALL], SMALL).startswith("asked for 1 worker with")
 
 
 def test_a_remedy_names_the_settings_that_help() -> None:
@@ -36,6 +37,8 @@ def test_a_remedy_names_the_settings_that_help() -> None:
     elastic = ClusterConfig(workers=4, min_workers=2, worker_start_timeout_s=60)
     assert "use_gpu" not in remedy(elastic) and "min_workers" not in remedy(elastic)
     assert "cluster.worker_start_timeout_s=60" in remedy(elastic)
+    task = one_worker(ClusterConfig(workers=4, min_workers=2))
+    assert remedy(task) == "add machines, or wait longer (cluster.worker_start_timeout_s=900)"
 
 
 def test_fewer_than_all_workers_are_asked_for_by_name() -> None:

@@ -21,6 +21,7 @@ from ray.train.v2.api.exceptions import ControllerError, PreemptionError, Worker
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from pipeline.cluster import watch
+from pipeline.cluster.resources import shortage
 from pipeline.cluster.session import ClusterError
 from pipeline.cluster.watch import Watch, cause_of, read_workers
 from pipeline.config import ClusterConfig
@@ -72,7 +73,7 @@ def test_causes_are_one_line_each() -> None:
 
 
 def test_a_vain_search_for_room_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "nodes_alive", lambda: [{"CPU": 1.0}])
+    monkeypatch.setattr(watch, "shortage_now", lambda cluster: shortage(cluster, [{"CPU": 1.0}], {"CPU": 0.0}))
     now, slept = [1000.0], list[float]()
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=slept.append, time=time.time)
     monkeypatch.setattr(watch, "time", clock)

@@ -6,6 +6,7 @@ import ray
 import torch
 from tqdm import tqdm
 
+from pipeline.cluster.resources import await_room, one_worker
 from pipeline.cluster.session import ray_session
 from pipeline.config import Config
 from pipeline.evaluation.distance import DistanceMeter
@@ -21,6 +22,7 @@ def evaluate_on_ray(config: Config, generator: Generator) -> Result:
     """Measures a generator on all workers of the cluster, with a progress bar over the pictures."""
     cluster = config.cluster
     with ray_session(cluster):
+        await_room(one_worker(cluster))
         meter = meter_of(config, torch.device("cpu"))
         kept = meter.kept()
         parts = min(cluster.workers * PARTS_PER_WORKER, meter.protocol.images, meter.protocol.real_images)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Iterable
 
 import ray
 
+from pipeline.cluster.resources import await_room, one_worker
 from pipeline.cluster.session import ClusterError, ray_session
 from pipeline.config import ClusterConfig
 from pipeline.ingest.making import Job, Runner, make_part
@@ -26,6 +27,7 @@ def _run(
     cluster: ClusterConfig, job: Job, parts: Iterable[Part], tick: Callable[[int], object]
 ) -> Generator[PartRecord]:
     with ray_session(cluster):
+        await_room(one_worker(cluster).model_copy(update={"cpus_per_worker": 1, "use_gpu": False}))
         task = ray.remote(num_cpus=1, max_retries=RETRIES)(_part)
         shared = ray.put(job)
         waiting = iter(parts)

@@ -32,24 +32,40 @@ def nodes_alive() -> list[Resources]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def shortage(cluster: ClusterConfig, nodes: Sequence[Resources]) -> str:
-    """What is asked for and what there is, in words."""
+def shortage(cluster: ClusterConfig, nodes: Sequence[Resources], free: Resources) -> str:
+    """What is asked for, what there is, and how much of it nobody uses, in words."""
     asked = worker_resources(cluster)
     there = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in asked}
+    unused = {kind: free.get(kind, 0.0) for kind in asked}
     return (
         f"asked for {_workers(cluster.fewest_workers)} with {_amounts(asked)} each; there is room for "
-        f"{room(cluster, nodes)}, with {_amounts(there)} on {len(nodes)} node{'s' if len(nodes) != 1 else ''}"
+        f"{room(cluster, nodes)}, with {_amounts(there)} on {len(nodes)} node{'s' if len(nodes) != 1 else ''}, "
+        f"of which {_amounts(unused)} are free"
     )
+
+
+def shortage_now(cluster: ClusterConfig) -> str:
+    """`shortage` of the cluster that this process is connected to."""
+    return shortage(cluster, nodes_alive(), ray.available_resources())
+
+
+def one_worker(cluster: ClusterConfig) -> ClusterConfig:
+    """The same asking for a single worker: what tasks need, of which each finds its own place."""
+    return cluster.model_copy(update={"workers": 1, "min_workers": None})
 
 
 def remedy(cluster: ClusterConfig) -> str:
     """What a user can do about a shortage."""
-    fewer = "" if cluster.min_workers else ", set cluster.min_workers to start with fewer"
-    gpu = ", set cluster.use_gpu=false" if cluster.use_gpu else ""
-    return (
-        f"add machines, lower cluster.workers or cluster.cpus_per_worker{gpu}{fewer}, or wait longer "
-        f"(cluster.worker_start_timeout_s={cluster.worker_start_timeout_s:g})"
-    )
+    ways = ["add machines"]
+    if cluster.fewest_workers > 1:
+        ways.append("lower cluster.workers")
+    if cluster.cpus_per_worker > 1:
+        ways.append("lower cluster.cpus_per_worker")
+    if cluster.use_gpu:
+        ways.append("set cluster.use_gpu=false")
+    if cluster.fewest_workers > 1 and not cluster.min_workers:
+        ways.append("set cluster.min_workers to start with fewer")
+    return f"{', '.join(ways)}, or wait longer (cluster.worker_start_timeout_s={cluster.worker_start_timeout_s:g})"
 
 
 def await_room(cluster: ClusterConfig) -> None:
@@ -64,7 +80,7 @@ def await_room(cluster: ClusterConfig) -> None:
         return
     if is_local(cluster):
         raise ClusterError(
-            f"no room for the workers on this machine: {shortage(cluster, nodes_alive())}; lower cluster.workers, set "
+            f"no room for the workers on this machine: {shortage_now(cluster)}; lower cluster.workers, set "
             "cluster.use_gpu=false, or join a larger cluster with cluster.address"
         )
     began, said = time.monotonic(), -SAY_S
@@ -73,14 +89,13 @@ def await_room(cluster: ClusterConfig) -> None:
             waited = time.monotonic() - began
             if waited >= cluster.worker_start_timeout_s:
                 raise ClusterError(
-                    f"no room for the workers after {waited:.0f} s: {shortage(cluster, nodes_alive())}; "
-                    f"{remedy(cluster)}"
+                    f"no room for the workers after {waited:.0f} s: {shortage_now(cluster)}; {remedy(cluster)}"
                 )
             if waited - said >= SAY_S:
                 # Again each time: the request of another run takes the place of this one.
                 request_resources(bundles=[worker_resources(cluster)] * cluster.workers)
                 left = cluster.worker_start_timeout_s - waited
-                print(f"waiting for machines, {left:.0f} s at most: {shortage(cluster, nodes_alive())}", flush=True)
+                print(f"waiting for machines, {left:.0f} s at most: {shortage_now(cluster)}", flush=True)
                 said = waited
             time.sleep(min(LOOK_S, cluster.worker_start_timeout_s))
     finally:

@@ -7,6 +7,7 @@ import ray
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from pipeline.cluster.resources import await_room
 from pipeline.cluster.session import ray_session
 from pipeline.cluster.training import fit, notes_folder
 from pipeline.config import Config, replaced, trials
@@ -43,6 +44,8 @@ def search(config: Config, run_ids: dict[str, str]) -> list[Trial]:
     """
     configs, points = trial_configs(config), trials(config)
     with ray_session(config.cluster):
+        for trial in configs:
+            await_room(trial.cluster)  # a trial would wait for it too, but unheard
         # A trial only drives: a reserved CPU could starve the workers that it waits for (but Tune wants something
         # reserved), and a spot machine's end would cost them all: ray_cluster.yaml's head offers `driver`.
         resources = {"CPU": 0, "memory": 1 << 20} | ({"driver": 0.01} if "driver" in ray.cluster_resources() else {})

@@ -31,6 +31,7 @@ from pipeline.models.cips import Generator
 from pipeline.ops.allocation import ENVIRONMENT
 from pipeline.storage import is_remote, join
 from pipeline.training.checkpoint import CheckpointError
+from pipeline.training.graphs import GraphError
 from pipeline.training.loop import Evaluate, Outcome, PlanError, TrainingDiverged, train
 from pipeline.training.notes import kept_words
 from pipeline.training.observers import Observer
@@ -47,7 +48,8 @@ def train_on_ray(config: Config, run_id: str | None) -> Outcome:
         ClusterError: the workers failed more often than `cluster.max_failures`, or found no room for longer than
             `cluster.worker_start_timeout_s`; names the cause and the fix.
     """
-    with ray_session(config.cluster), Follower(config.run_uri, config.storage):
+    start_timeout_s = config.cluster.worker_start_timeout_s
+    with ray_session(config.cluster), Follower(config.run_uri, config.storage, start_timeout_s):
         return fit(config, run_id)
 
 
@@ -112,7 +114,7 @@ def worker(settings: dict[str, Any]) -> dict[str, Any]:
     with kept_words(config.run_uri, config.storage, ray.train.get_context().get_world_rank()):
         try:
             return asdict(_train(config, settings["run_id"]))
-        except (TrainingDiverged, CheckpointError, PlanError, ProtocolError, FeatureError) as error:
+        except (TrainingDiverged, CheckpointError, PlanError, GraphError, ProtocolError, FeatureError) as error:
             return {"refused": str(error)}
 
 

@@ -20,7 +20,7 @@ from ray.train.v2._internal.execution.controller.state import (
 )
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError
 
-from pipeline.cluster.resources import LOOK_S, nodes_alive, remedy, shortage
+from pipeline.cluster.resources import LOOK_S, remedy, shortage_now
 from pipeline.cluster.session import ClusterError
 from pipeline.config import ClusterConfig
 from pipeline.storage import MissingError, StorageConfig, StorageError, join, read_bytes, write_bytes
@@ -65,8 +65,7 @@ class Watch(ControllerCallback, WorkerGroupCallback):
         self.without_since = now if self.without_since is None else self.without_since
         if now - self.without_since >= self.cluster.worker_start_timeout_s:
             raise ClusterError(
-                f"no workers for {now - self.without_since:.0f} s: {shortage(self.cluster, nodes_alive())}; "
-                f"{remedy(self.cluster)}"
+                f"no workers for {now - self.without_since:.0f} s: {shortage_now(self.cluster)}; {remedy(self.cluster)}"
             )
         if current_state is previous_state:
             time.sleep(LOOK_S)  # too few machines for an elastic group: Ray would ask again at once, and again

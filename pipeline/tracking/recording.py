@@ -2,14 +2,15 @@
 
 import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from pipeline.config import Config, to_yaml
 from pipeline.data.manifest import read_manifest
 from pipeline.evaluation.protocol import Result
-from pipeline.storage import MissingError, join, mlflow_environment, read_bytes, write_bytes
+from pipeline.storage import MissingError, join, mlflow_environment, patiently, read_bytes, write_bytes
 from pipeline.tracking.client import wait_until_reachable
 from pipeline.tracking.registry import LoggedGenerator, find_version, log_model, register
 from pipeline.tracking.runs import TrainingData, end_run, open_run
@@ -21,6 +22,8 @@ from pipeline.training.checkpoint import (
     list_checkpoints,
     read_info,
 )
+
+Stored = TypeVar("Stored")
 
 NOTE = "tracking.json"  # in the run's folder: which MLflow run belongs to it
 
@@ -34,7 +37,7 @@ def recorded(config: Config, tags: Mapping[str, str] | None = None) -> Iterator[
     """
     uri = config.tracking_uri
     known = _note(config)
-    manifest = read_manifest(config.data.uri, config.storage) if config.data.uri else None
+    manifest = _patiently(config, lambda: read_manifest(config.data.uri, config.storage)) if config.data.uri else None
     run_id = open_run(
         uri,
         config.tracking.experiment,
@@ -65,7 +68,7 @@ def _note(config: Config) -> dict[str, str]:
     The key is written before the run is made: whoever dies in between leaves a run that is found again by it.
     """
     try:
-        known = json.loads(read_bytes(join(config.run_uri, NOTE), config.storage))
+        known = json.loads(_patiently(config, lambda: read_bytes(join(config.run_uri, NOTE), config.storage)))
     except MissingError:
         known = {}
     if known.get("uri") == config.tracking_uri:
@@ -76,7 +79,12 @@ def _note(config: Config) -> dict[str, str]:
 
 
 def _write_note(config: Config, note: Mapping[str, str]) -> None:
-    write_bytes(join(config.run_uri, NOTE), json.dumps(note).encode(), config.storage)
+    text = json.dumps(note).encode()
+    _patiently(config, lambda: write_bytes(join(config.run_uri, NOTE), text, config.storage))
+
+
+def _patiently(config: Config, action: Callable[[], Stored]) -> Stored:
+    return patiently(action, "the record of the run", config.storage)
 
 
 @dataclass
@@ -132,7 +140,7 @@ def log_checkpoint(config: Config, run_id: str, images_seen: int, info: Checkpoi
     return log_model(
         config.tracking_uri,
         run_id,
-        read_bytes(join(folder, GENERATOR), config.storage),
+        _patiently(config, lambda: read_bytes(join(folder, GENERATOR), config.storage)),
         info.config["model"],
         [Result.from_dict(result) for result in info.results],
         images_seen,
@@ -143,19 +151,23 @@ def log_checkpoint(config: Config, run_id: str, images_seen: int, info: Checkpoi
 
 def measured_checkpoints(config: Config) -> list[tuple[int, CheckpointInfo]]:
     """The run's checkpoints that carry a distance, oldest first."""
-    infos = [
-        (images_seen, read_info(checkpoint_folder(config.run_uri, images_seen), config.storage))
-        for images_seen in list_checkpoints(config.run_uri, config.storage)
-    ]
-    return [(images_seen, info) for images_seen, info in infos if info.results]
+    return [(images_seen, info) for images_seen, info in _checkpoints(config) if info.results]
+
+
+def _checkpoints(config: Config) -> list[tuple[int, CheckpointInfo]]:
+    """Images seen and index of each of the run's checkpoints, oldest first."""
+    folder, storage = config.run_uri, config.storage
+
+    def read() -> list[tuple[int, CheckpointInfo]]:
+        every = list_checkpoints(folder, storage)
+        return [(images_seen, read_info(checkpoint_folder(folder, images_seen), storage)) for images_seen in every]
+
+    return _patiently(config, read)
 
 
 def best_checkpoint(config: Config) -> tuple[int, CheckpointInfo]:
     """Images seen and index of the run's best checkpoint."""
-    found = [
-        (images_seen, read_info(checkpoint_folder(config.run_uri, images_seen), config.storage))
-        for images_seen in list_checkpoints(config.run_uri, config.storage)
-    ]
+    found = _checkpoints(config)
     if not found:
         raise CheckpointError(f"{config.run_uri} holds no checkpoint to register")
     last = found[-1]

@@ -24,6 +24,7 @@ from pipeline.training.observers import read_log
 from tests import ray_workers
 from tests.ddp import one_thread
 from tests.faults import recovery, starts, train_during, wait_for_images, wait_for_start
+from tests.mlflow_server import check_one_run, sqlite_uri
 from tests.ray_nodes import ray_cluster
 from tests.small import SMALL_CLUSTER_SETTINGS
 from tests.without_ray import training_in_float64
@@ -78,6 +79,7 @@ def test_two_workers_then_one_then_two(
 
     monkeypatch.setattr(training, "worker", ray_workers.halting)
     more = [f"cluster.address={cluster.address}", "cluster.min_workers=1"]
+    more += ["tracking.enabled=true", f"tracking.uri={sqlite_uri(tmp_path)}"]
     config = config_of(tmp_path, "elastic", data, {"1": {"4": "end"}, "2": {"3": "end"}}, *more)
 
     def story() -> None:
@@ -103,6 +105,7 @@ def test_two_workers_then_one_then_two(
     for name in expected:
         assert found[name].dtype == expected[name].dtype
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-9, msg=name)
+    check_one_run(config, range(TICK, TOTAL + 1, TICK))
 
 
 def test_a_machine_that_nobody_replaces_ends_the_run_in_time(

@@ -33,6 +33,7 @@ from pipeline.training.checkpoint import (
 from pipeline.training.notes import read_restarts
 from pipeline.training.observers import read_log
 from tests.faults import starts
+from tests.mlflow_server import check_one_run, mlflow_server
 from tests.network import Machine, Network, network
 from tests.servers import s3_server
 from tests.small import SMALL_CLUSTER_SETTINGS, small_pictures
@@ -40,7 +41,7 @@ from tests.without_ray import train_without_ray
 
 pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
-TOTAL, TICK, CHECKPOINT = 1200, 80, 160
+TOTAL, TICK, CHECKPOINT = 960, 80, 160
 SMALL = [
     *SMALL_CLUSTER_SETTINGS,
     f"train.total_kimg={TOTAL / 1000}",
@@ -144,6 +145,7 @@ class Site:
     network: Network
     head: Machine
     bucket: str
+    tracking_uri: str
     environment: dict[str, str]
     """Of every process: the cluster's token, the store's address and keys."""
     folder: Path
@@ -178,7 +180,8 @@ class Site:
 
     def config(self, name: str, address: str) -> Config:
         places = [f"data.uri=s3://{self.bucket}/data", f"run.dir=s3://{self.bucket}/runs", f"run.name={name}"]
-        return load_config(None, [*SMALL, *places, f"cluster.address={address}"])
+        places += [f"cluster.address={address}", f"tracking.uri={self.tracking_uri}", "tracking.model_name=network"]
+        return load_config(None, [*SMALL, "tracking.enabled=true", *places])
 
     @contextlib.contextmanager
     def training(self, name: str) -> Iterator[Run]:
@@ -229,11 +232,14 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """The head, and the store with the pictures in it; the first test adds two nodes."""
+    """The head, and a machine with the pictures in S3 and MLflow; `training` adds two nodes."""
     folder = tmp_path_factory.mktemp("site")
     with network() as made, pytest.MonkeyPatch.context() as patch:
         head, store = made.machine("head"), made.machine("store")
-        with s3_server(store.address, store.entered()) as s3:
+        with (
+            s3_server(store.address, store.entered()) as s3,
+            mlflow_server(folder, store.address, store.entered()) as tracker,
+        ):
             for name, value in s3.environment().items():
                 patch.setenv(name, value)  # the test looks into the same bucket
             patch.delenv("RAY_ADDRESS", raising=False)
@@ -245,7 +251,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             }
             source = IngestConfig(source=str(small_pictures(folder / "pictures")), size=16)
             ingest(source, f"s3://{s3.bucket}/data", StorageConfig(), progress=False)
-            found = Site(made, head, s3.bucket, environment, folder)
+            found = Site(made, head, s3.bucket, tracker.uri, environment, folder)
             found.start_head().done()
             yield found
 
@@ -258,23 +264,14 @@ def undisturbed(site: Site) -> dict[str, Any]:
     return all_of(config)
 
 
-def test_two_machines_train_as_one(site: Site, undisturbed: dict[str, Any]) -> None:
-    with site.training("across") as run:
-        run.until("the first tick", lambda: bool(run.ticks()))
-        assert [workers_on(machine) for machine in (site.head, *site.nodes)] == [0, 1, 1]
-        found = run.finish()
-    (start,) = run.starts()
-    assert sorted(start) == sorted(machine.address for machine in site.nodes)
-    assert run.restarts() == []
-    assert_same(found, undisturbed)
-
-
-def test_a_node_dies_and_another_is_cut_off(site: Site, undisturbed: dict[str, Any]) -> None:
+def test_machines_train_as_one_though_one_dies_and_one_is_cut_off(site: Site, undisturbed: dict[str, Any]) -> None:
     """Each time the one of rank 0, which writes the log and the checkpoints; each time a new machine joins."""
     with site.training("faults") as run:
         run.until_in_the_middle()
-        dead = site.lose(run.starts()[-1][0])
-        assert workers_on(dead) == 1
+        assert [workers_on(machine) for machine in (site.head, *site.nodes)] == [0, 1, 1]
+        assert sorted(run.starts()[0]) == sorted(machine.address for machine in site.nodes)
+        assert run.restarts() == []
+        dead = site.lose(run.starts()[0][0])
         died = time.time()
         dead.kill()
         first_replacement = site.join().done()
@@ -299,3 +296,4 @@ def test_a_node_dies_and_another_is_cut_off(site: Site, undisturbed: dict[str, A
         assert time.monotonic() < deadline, f"the node still works for a run that ended\n{cut.processes()}"
         time.sleep(0.2)
     assert_same(all_of(run.config), undisturbed)
+    check_one_run(run.config, range(TICK, TOTAL + 1, TICK))

@@ -26,6 +26,7 @@ from tests.faults import (
     wait_for_start,
     wait_until,
 )
+from tests.mlflow_server import check_one_run, sqlite_uri
 from tests.ray_nodes import ray_cluster
 from tests.small import SMALL_CLUSTER_SETTINGS
 from tests.without_ray import train_without_ray
@@ -33,7 +34,7 @@ from tests.without_ray import train_without_ray
 pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 TOTAL, TICK, BATCH = 640, 40, 8
-NOTICE_S = 25
+NOTICE_S = 22
 SETTINGS = [
     *SMALL_CLUSTER_SETTINGS,
     f"train.total_kimg={TOTAL / 1000}",
@@ -64,16 +65,18 @@ def test_a_node_announces_its_end(
 ) -> None:
     monkeypatch.setattr(training, "worker", ray_workers.halting)
 
-    def config_of(name: str, halts: dict[str, dict[str, str]]) -> Config:
+    tracking = ["tracking.enabled=true", f"tracking.uri={sqlite_uri(tmp_path)}"]
+
+    def config_of(name: str, halts: dict[str, dict[str, str]], *more: str) -> Config:
         (tmp_path / f"{name}-halts.json").write_text(json.dumps(halts))
         places = [f"data.uri={data.uri}", f"run.dir={tmp_path}", f"run.name={name}"]
-        return load_config(None, [*SETTINGS, *places, f"cluster.address={cluster.address}"])
+        return load_config(None, [*SETTINGS, *places, f"cluster.address={cluster.address}", *more])
 
     undisturbed = config_of("undisturbed", {})
     train_without_ray(undisturbed, tmp_path / "undisturbed-processes", float64=True)
 
     # Training waits at its 4th tick for the notice, and stands still from its 8th tick on until its node is gone.
-    config = config_of("announced", {"1": {"4": "notice", "8": "end"}})
+    config = config_of("announced", {"1": {"4": "notice", "8": "end"}}, *tracking)
     noticed, seen_before = 3 * TICK + BATCH, 6 * TICK
     before = []
 
@@ -106,3 +109,4 @@ def test_a_node_announces_its_end(
     assert first[1]["node"] not in {worker["node"] for worker in second}
     assert [line["images_seen"] for line in read_log(config.run_uri, config.storage)] == list(range(0, TOTAL + 1, TICK))
     assert last_checkpoint(config) == last_checkpoint(undisturbed)
+    check_one_run(config, range(TICK, TOTAL + 1, TICK))

@@ -9,13 +9,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
 
 from pipeline.cluster import training
+from pipeline.cluster.evaluation import evaluate_on_ray
+from pipeline.cluster.search import search
 from pipeline.cluster.session import ClusterError
 from pipeline.cluster.training import train_on_ray
-from pipeline.config import Config, load_config, to_yaml
+from pipeline.config import Config, load_config, replaced, to_yaml
 from pipeline.data.stream import DataConfig
+from pipeline.models.build import build_generator
 from pipeline.training.checkpoint import list_checkpoints
 from pipeline.training.notes import read_restarts
 from pipeline.training.observers import read_log
@@ -33,6 +35,7 @@ from tests.faults import (
     wait_for_start,
     wait_until,
 )
+from tests.mlflow_server import check_one_run, sqlite_uri
 from tests.small import SMALL_CLUSTER_SETTINGS
 from tests.without_ray import train_without_ray
 
@@ -80,11 +83,17 @@ def check_same_end(config: Config, undisturbed: Config) -> None:
 
 
 def test_workers_die_and_hang(
-    folder: Path, data: DataConfig, ray_address: str, undisturbed: Config, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    data: DataConfig,
+    ray_address: str,
+    undisturbed: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One run: killed in an update, in a checkpoint's upload, standing still, killed in an evaluation."""
     patience = 5.0
     more = [f"cluster.health_check_timeout_s={patience}", "cluster.max_failures=4"]
+    more += ["tracking.enabled=true", f"tracking.uri={sqlite_uri(tmp_path)}"]
     config = config_of(folder, "killed", data, ray_address, *more)
     monkeypatch.setattr(training, "worker", ray_workers.signing)
     halves, hung = [], []
@@ -127,12 +136,13 @@ def test_workers_die_and_hang(
     assert (TOTAL // 2 - 2 * TICK) <= outcome.resumed_from <= TOTAL // 2
     assert [result["metric"] for result in outcome.results] == ["fd_efficientnet_lite0"]
     check_same_end(config, undisturbed)
+    check_one_run(config, range(TICK, TOTAL + 1, TICK))
 
 
 def test_the_driver_dies_and_the_same_command_goes_on(
     folder: Path, data: DataConfig, ray_address: str, undisturbed: Config, tmp_path: Path
 ) -> None:
-    tracking = ["tracking.enabled=true", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", "tracking.model_name=driver"]
+    tracking = ["tracking.enabled=true", f"tracking.uri={sqlite_uri(tmp_path)}", "tracking.model_name=driver"]
     config = config_of(folder, "driver", data, ray_address, *tracking)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     command = [sys.executable, "-m", "jobs.train", "--config", str(tmp_path / "config.yaml")]
@@ -163,12 +173,7 @@ def test_the_driver_dies_and_the_same_command_goes_on(
     assert len(starts(config)) == 2
     check_same_end(config, undisturbed)
 
-    client = MlflowClient(config.tracking_uri)
-    (experiment,) = [found for found in client.search_experiments() if found.name == config.tracking.experiment]
-    (run,) = client.search_runs([experiment.experiment_id])
-    assert run.info.status == "FINISHED"
-    steps = {metric.step for metric in client.get_metric_history(run.info.run_id, "loss/D")}
-    assert steps == set(range(TICK, TOTAL + 1, TICK))
+    check_one_run(config, range(TICK, TOTAL + 1, TICK))
 
 
 def test_a_cluster_that_is_too_small_is_told_in_time(
@@ -182,5 +187,15 @@ def test_a_cluster_that_is_too_small_is_told_in_time(
     assert 3.0 <= time.monotonic() - began <= 10.0
     for part in ("after 3 s", "3 workers with 1 CPU each", "room for 2, with 2 CPU on 3 nodes", "min_workers"):
         assert part in str(told.value)
+    assert "of which 2 CPU are free" in str(told.value)
     assert "waiting for machines, 3 s at most" in capfd.readouterr().out
     assert images_seen(config) == -1
+
+    # Tasks ask for room for one worker, a search for that of a trial, before anything hangs unheard.
+    large = replaced(config, {"cluster.cpus_per_worker": 2, "tune.space": {"train.learning_rate": [0.001]}})
+    for asks, asked in (
+        (lambda: evaluate_on_ray(large, build_generator(large.model)), "1 worker with 2 CPU each"),
+        (lambda: search(large, {}), "3 workers with 2 CPU each"),
+    ):
+        with pytest.raises(ClusterError, match=f"after 3 s: asked for {asked}; there is room for 0"):
+            asks()

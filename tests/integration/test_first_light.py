@@ -67,8 +67,8 @@ def test_first_light(s3: S3Server, ray_address: str, tmp_path: Path) -> None:
                 "run.name=light",
                 f"cluster.address={ray_address}",
                 f"tracking.uri={server.uri}",
-                "train.total_kimg=1.6",
-                "train.evaluate_kimg=1.6",
+                "train.total_kimg=1.2",
+                "train.evaluate_kimg=1.2",
             ],
         )
         report = ingest.run(config)
@@ -86,16 +86,16 @@ def test_first_light(s3: S3Server, ray_address: str, tmp_path: Path) -> None:
         # The kill happened, cost a restart, and left neither a gap nor a second MLflow run.
         assert len(read_restarts(config.run_uri, config.storage)) == 1
         assert trained.outcome.resumed_from >= 240
-        assert trained.outcome.images_seen == 1600
-        assert list_checkpoints(config.run_uri, config.storage)[-1] == 1600
+        assert trained.outcome.images_seen == 1200
+        assert list_checkpoints(config.run_uri, config.storage)[-1] == 1200
         log = read_log(config.run_uri, config.storage)
-        assert [line["images_seen"] for line in log] == list(range(0, 1601, 80))
+        assert [line["images_seen"] for line in log] == list(range(0, 1201, 80))
         client = MlflowClient(server.uri)
         (experiment,) = [e for e in client.search_experiments() if e.name == config.tracking.experiment]
         (run,) = client.search_runs([experiment.experiment_id])
         assert (run.info.run_id, run.info.status) == (trained.tracking_run, "FINISHED")
         steps = {metric.step for metric in client.get_metric_history(run.info.run_id, "loss/D")}
-        assert steps == set(range(80, 1601, 80))
+        assert steps == set(range(80, 1201, 80))
         assert run.data.params["train.batch_size"] == "8"
         assert run.inputs.dataset_inputs[0].dataset.digest == report.digest[:36]
 
@@ -130,7 +130,7 @@ def test_first_light(s3: S3Server, ray_address: str, tmp_path: Path) -> None:
             assert np.asarray(sheet).std() > 1
 
         # Started again, the finished run does nothing but say so.
-        assert train.train(config, trained.tracking_run).resumed_from == 1600
+        assert train.train(config, trained.tracking_run).resumed_from == 1200
 
 
 def write_config(folder: Path, config: Config) -> str:

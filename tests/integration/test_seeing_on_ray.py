@@ -67,10 +67,10 @@ def settings_of(tmp_path: Path, address: str) -> Config:
             f"data.uri={small_data(tmp_path).uri}",
             "data.decoder=pillow",
             "train.precision=fp32",
-            "train.total_kimg=4",
+            "train.total_kimg=2.4",
             "train.tick_kimg=0.08",
             "train.checkpoint_kimg=0.4",
-            "train.evaluate_kimg=4",
+            "train.evaluate_kimg=2.4",
             "evaluate.images=32",
             "evaluate.input_size=32",
             "cluster.workers=2",
@@ -103,7 +103,7 @@ def test_a_run_is_seen(tmp_path: Path) -> None:
             of_nodes = {name for query in queries() for name in names(query) if name.startswith("node_")}
             without_gpus = {name for name in of_nodes if "gpu" not in name and "gram" not in name}
             found = wait_for_metrics(OWN | without_gpus, 60)
-            assert found["cips_images_total", ""] == 4000
+            assert found["cips_images_total", ""] == 2400
             assert found["cips_workers", ""] == 2
             assert 0 <= found["cips_data_wait_share", ""] <= 1
             assert found["cips_images_per_second", ""] > 0 and found["cips_checkpoints_total", ""] >= 1
@@ -116,7 +116,7 @@ def test_a_run_is_seen(tmp_path: Path) -> None:
 
             # Whoever asks is told the same.
             told = status.look(config.run_uri, config.storage)
-            assert (status.state(told), told["total_images"], told["mlflow"]["status"]) == ("running", 4000, "RUNNING")
+            assert (status.state(told), told["total_images"], told["mlflow"]["status"]) == ("running", 2400, "RUNNING")
 
             # A worker dies: the person sees why training pauses, and that it goes on.
             os.kill(starts(config)[-1][1]["pid"], signal.SIGKILL)
@@ -129,16 +129,16 @@ def test_a_run_is_seen(tmp_path: Path) -> None:
                 training.wait()
 
         told = status.look(config.run_uri, config.storage)
-        assert (status.state(told), told["images_seen"]) == ("ended", 4000)
+        assert (status.state(told), told["images_seen"]) == ("ended", 2400)
         assert [restart["cause"][:7] for restart in told["restarts"]] == ["worker "]
         assert told["mlflow"]["versions"] == ["seen version 1"]
         run = MlflowClient(config.tracking_uri).get_run(told["tracking_run"])
         assert 0 < run.data.metrics["system/cpu_utilization_percentage"] <= 100
 
-    # Of fifty ticks two lines are left: the distances at the start and at the end; the live line is gone.
+    # Of thirty ticks two lines are left: the distances at the start and at the end; the live line is gone.
     lines = term.screen()
     kept = [line for line in lines if line.startswith("kimg ")]
-    assert [line.split()[1] for line in kept] == ["0.0/4", "4.0/4"], "\n".join(lines)
+    assert [line.split()[1] for line in kept] == ["0.0/2.4", "2.4/2.4"], "\n".join(lines)
     assert all("fd_efficientnet_lite0" in line for line in kept)
     assert "restarts 1" in kept[-1]
     drawn = [piece for piece in term.output.split("\r") if " ago" in piece.split("\n")[0]]

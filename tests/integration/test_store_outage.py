@@ -10,9 +10,12 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import pytest
 
+from jobs import train
+from pipeline.config import load_config
 from pipeline.data.stream import DataConfig
 from pipeline.ingest.ingest import IngestConfig, ingest
 from pipeline.storage import StorageConfig, StorageError
+from pipeline.tracking.recording import register_best
 from pipeline.training.checkpoint import (
     GENERATOR,
     TRAINING,
@@ -24,9 +27,10 @@ from pipeline.training.checkpoint import (
 from pipeline.training.loop import Outcome, Plan
 from pipeline.training.observers import Tick, read_log
 from tests.ddp import one_thread
+from tests.mlflow_server import sqlite_uri
 from tests.proxy import Fault, FaultProxy, Request, fault_proxy
 from tests.servers import S3Server, s3_server
-from tests.small import small_data, small_pictures, small_plan
+from tests.small import SMALL_SETTINGS, small_data, small_pictures, small_plan
 from tests.small_disk import fill, small_disk
 from tests.test_training_loop import Watcher, run
 
@@ -250,9 +254,38 @@ def test_a_bucket_that_may_only_be_read_from_some_moment_on(
     check_whole(plan, again, undisturbed)
 
 
+def test_a_job_waits_for_the_store_at_its_start_and_end(
+    server: S3Server, tmp_path: Path, data: DataConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [*SMALL_SETTINGS, "train.precision=fp32", "train.total_kimg=0.016", "cluster.backend=local"]
+    places = [f"data.uri={data.uri}", "data.decoder=pillow", f"run.dir=s3://{server.new_bucket()}", "run.name=patient"]
+    patience = ["storage.attempts=2", "storage.connect_timeout_s=2", "storage.total_timeout_s=60"]
+    tracking = [f"tracking.uri={sqlite_uri(tmp_path)}", "tracking.model_name=patient"]
+    config = load_config(None, [*settings, *places, *patience, *tracking])
+
+    def away() -> threading.Timer:
+        server.stop()
+        comeback = threading.Timer(AWAY_S, server.start)
+        comeback.start()
+        return comeback
+
+    comeback = away()
+    trained = train.run(config)
+    comeback.join()
+    assert "looking at data and checkpoints: waiting for the store, " in capsys.readouterr().out
+    assert list_checkpoints(config.run_uri, config.storage)[-1] == trained.outcome.images_seen == 16
+
+    assert trained.tracking_run is not None
+    comeback = away()
+    assert register_best(config, trained.tracking_run) == trained.version == "1"
+    comeback.join()
+    assert "the record of the run: waiting for the store, " in capsys.readouterr().out
+
+
 def test_a_store_without_room(
     tmp_path: Path,
     data: DataConfig,
+    undisturbed: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -264,7 +297,8 @@ def test_a_store_without_room(
             for name, value in server.environment().items():
                 monkeypatch.setenv(name, value)
             plan = plan_on(server, tmp_path, data, total_timeout_s=1.0)
-            watcher = At64(lambda: fill(disk))
+            fillers = list[Path]()
+            watcher = At64(lambda: fillers.append(fill(disk)))
             with pytest.raises(StorageError) as ended:
                 run(plan, watcher)
             assert [tick.images_seen for tick in watcher.ticks] == TICKS
@@ -276,3 +310,9 @@ def test_a_store_without_room(
             info = read_info(checkpoint_folder(plan.folder, 32), plan.storage)
             for name in (GENERATOR, TRAINING):
                 assert read_tensors(checkpoint_folder(plan.folder, 32), name, info, plan.storage), "it is whole"
+
+            fillers[0].unlink()  # somebody makes room, and gives the same command again
+            patient = replace(plan, storage=plan.storage.model_copy(update={"total_timeout_s": 60.0}))
+            again = run(patient)
+            assert again.resumed_from == 32
+            check_whole(patient, again, undisturbed)

@@ -19,7 +19,7 @@ from pipeline.storage import StorageConfig
 from pipeline.training.checkpoint import GENERATOR, TRAINING, list_checkpoints, read_info
 from pipeline.training.observers import read_log
 from tests.mlflow_server import MlflowServer, mlflow_server
-from tests.proxy import Fault, FaultProxy, Request, fault_proxy
+from tests.proxy import Fault, FaultProxy, Request, fault_proxy, is_shard
 from tests.ray_nodes import ray_nodes
 from tests.servers import S3Server, s3_server
 from tests.small import SMALL_SETTINGS, small_pictures
@@ -28,13 +28,13 @@ from tests.without_ray import train_without_ray
 pytestmark = [pytest.mark.integration, pytest.mark.cluster, pytest.mark.slow]
 
 STORE_AWAY_S, TRACKER_AWAY_S = 20.0, 30.0
-TICK, TOTAL = 80, 1600
+TICK, OUTAGE, TOTAL = 80, 400, 1200
 SMALL = [
     *SMALL_SETTINGS,
     "train.precision=fp32",
     "train.r1_gamma=1",
     f"train.tick_kimg={TICK / 1000}",
-    "train.checkpoint_kimg=0.4",
+    f"train.checkpoint_kimg={OUTAGE / 1000}",
     f"train.total_kimg={TOTAL / 1000}",
     "train.keep_checkpoints=9",
     "data.decoder=pillow",
@@ -77,6 +77,8 @@ class BothDie:
         self.server, self.tracker = server, tracker
         self.place = f"runs/disturbed/checkpoints/{checkpoint:010d}/{TRAINING}"
         self.died = threading.Event()
+        self.missed: list[Request] = []
+        """Requests for pictures while the store was away."""
         self.comebacks = [threading.Timer(STORE_AWAY_S, server.start), threading.Timer(TRACKER_AWAY_S, tracker.start)]
         proxy.plan([Fault("status")], self._look)
 
@@ -87,6 +89,8 @@ class BothDie:
             self.died.set()
             for comeback in self.comebacks:
                 comeback.start()
+        if self.comebacks[0].is_alive() and is_shard(request):
+            self.missed.append(request)
         return False  # no answer is spoiled: there is nobody left to give one
 
 
@@ -110,18 +114,19 @@ def test_store_and_tracker_are_away_for_a_while(
     with ray_nodes(2, cpus=1) as address:
         places.append(f"cluster.address={address}")
         config = load_config(None, [*SMALL, *places, "run.name=disturbed", f"tracking.uri={tracker.uri}"])
-        fault = BothDie(server, tracker, proxy, checkpoint=800)
+        fault = BothDie(server, tracker, proxy, checkpoint=OUTAGE)
         trained = train.run(config)
         for comeback in fault.comebacks:
             comeback.join()
-    assert fault.died.is_set(), "nobody wrote the checkpoint at 800 images"
+    assert fault.died.is_set(), "nobody wrote the checkpoint"
+    assert fault.missed, "training asked for no pictures while the store was away"
 
     assert trained.outcome.images_seen == TOTAL
     assert trained.outcome.resumed_from == 0 and read_restarts(config.run_uri, config.storage) == []
     assert hashes(config, TOTAL) == hashes(fair, TOTAL)
     assert [line["images_seen"] for line in read_log(config.run_uri, config.storage)] == list(range(0, TOTAL + 1, TICK))
     assert list_checkpoints(config.run_uri, config.storage)[-1] == TOTAL
-    assert 800 not in list_checkpoints(config.run_uri, config.storage)
+    assert OUTAGE not in list_checkpoints(config.run_uri, config.storage)
 
     assert trained.tracking_run is not None
     client = MlflowClient(tracker.uri)
