@@ -9,8 +9,8 @@
 On a terminal one line shows how far it is, and what it waits for; elsewhere there is a line a tick. `python -m
 jobs.status RUN` tells the same from any machine.
 
-The run's folder, run.dir/run.name, holds config.yaml, log.jsonl, sample sheets, checkpoints, and on Ray what workers
-printed (workers/) and why they were restarted (restarts.json). The best generator becomes a version of
+The run's folder, run.dir/run.name, holds config.yaml, log.jsonl, sample sheets, checkpoints, why it was restarted
+(restarts.json), and on Ray what workers printed (workers/). The best generator becomes a version of
 tracking.model_name; jobs.promote decides whether it becomes the champion.
 """
 
@@ -20,8 +20,12 @@ from dataclasses import dataclass
 from jobs.cli import failing_clearly, going_on, parse
 from pipeline.config import Config, to_yaml
 from pipeline.models.summary import summary_table
-from pipeline.storage import join, patiently, write_bytes
+from pipeline.storage import StorageConfig, join, patiently, write_bytes
+from pipeline.training.checkpoint import list_checkpoints
 from pipeline.training.loop import Outcome, check_plan
+from pipeline.training.notes import note_restart
+from pipeline.training.observers import read_log
+from pipeline.training.status import has_ended
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ def run(config: Config) -> Trained:
     patiently(lambda: check_plan(config.plan()), "looking at data and checkpoints", storage)
     text = to_yaml(config).encode()
     patiently(lambda: write_bytes(join(config.run_uri, "config.yaml"), text, storage), "writing config.yaml", storage)
+    patiently(lambda: note_return(config.run_uri, storage), "reading the run's folder", storage)
     if not config.tracking.enabled:
         return Trained(train(config, None), None, None)
     from pipeline.tracking.recording import recorded, register_best
@@ -66,6 +71,14 @@ def run(config: Config) -> Trained:
         outcome = train(config, tracking_run)
         version = register_best(config, tracking_run)
     return Trained(outcome, tracking_run, version)
+
+
+def note_return(folder: str, storage: StorageConfig) -> None:
+    """Notes among a run's restarts that its command was given again before the run had ended (its driver died, say)."""
+    log, saved = read_log(folder, storage), list_checkpoints(folder, storage)
+    if log and not has_ended(log, saved[-1] if saved else None):
+        where = f"the checkpoint at {saved[-1] / 1000:g} kimg" if saved else "the beginning: there was no checkpoint"
+        note_restart(folder, storage, f"jobs.train was started again, from {where}")
 
 
 def train(config: Config, tracking_run: str | None) -> Outcome:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mlflow import MlflowClient
+from mlflow.entities import Run
 
 from pipeline.config import Config
 from pipeline.tracking.client import connect
@@ -104,11 +105,12 @@ def mlflow_server(folder: Path, host: str = "127.0.0.1", entered: Sequence[str] 
         server.stop()
 
 
-def check_one_run(config: Config, steps: Iterable[int]) -> None:
-    """The training is one MLflow run, which has ended well and has the losses of all steps (images seen)."""
+def check_one_run(config: Config, steps: Iterable[int]) -> Run:
+    """The training is one MLflow run, here returned, which ended well and has the losses of all steps (images seen)."""
     client = MlflowClient(config.tracking_uri)
     (experiment,) = [found for found in client.search_experiments() if found.name == config.tracking.experiment]
     named = f"attributes.run_name = '{config.run.name}'"
     (run,) = client.search_runs([experiment.experiment_id], named)
     assert run.info.status == "FINISHED"
     assert {metric.step for metric in client.get_metric_history(run.info.run_id, "loss/D")} == set(steps)
+    return run

@@ -1,4 +1,4 @@
-"""Words beside a run's log: why its workers were started again, and what they printed.
+"""Words beside a run's log: why it was started again, and what its workers printed.
 
 <run>/restarts.json           {"cause", "time"} of each restart, oldest first
 <run>/workers/rank-0.log      the latest lines that worker 0 printed: number, time, text
@@ -45,7 +45,7 @@ class Word(NamedTuple):
 
 
 def note_restart(folder: str, storage: StorageConfig, cause: str) -> None:
-    """Writes down why workers are started again. A store that fails is said, not raised: the run is to be saved."""
+    """Writes down why a run is started again. A store that fails is said, not raised: the run is to be saved."""
     try:
         notes = [*read_restarts(folder, storage), {"cause": cause, "time": time.time()}]
         store(join(folder, RESTARTS), json.dumps(notes, indent=1).encode(), storage)

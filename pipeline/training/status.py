@@ -106,7 +106,7 @@ def state_of(log: Log, restarts: Sequence[dict[str, Any]], checkpoint: int | Non
     if not log:
         return "starting"
     tick = log[-1]
-    if tick["images_seen"] >= tick["total_images"] and checkpoint is not None and checkpoint >= tick["images_seen"]:
+    if has_ended(log, checkpoint):
         return "ended"
     told = tick.get("time") or None
     if told is None:
@@ -117,6 +117,13 @@ def state_of(log: Log, restarts: Sequence[dict[str, Any]], checkpoint: int | Non
     if now - max(told, restarted) > patience:
         return "stalled"
     return "restarting" if restarted > told else "running"
+
+
+def has_ended(log: Log, checkpoint: int | None) -> bool:
+    """Whether the training came to its end, and its last checkpoint (images seen) stands."""
+    if not log or checkpoint is None:
+        return False
+    return bool(checkpoint >= log[-1]["images_seen"] >= log[-1]["total_images"])
 
 
 def tick_period(log: Log) -> float | None:

@@ -172,6 +172,8 @@ def test_the_driver_dies_and_the_same_command_goes_on(
     assert f"trained {TOTAL / 1000:g} kimg" in said and "registered driver version 1" in said
     assert len(starts(config)) == 2
     check_same_end(config, undisturbed)
+    (again,) = read_restarts(config.run_uri, config.storage)
+    assert again["cause"].startswith("jobs.train was started again, from the checkpoint at ")
 
     check_one_run(config, range(TICK, TOTAL + 1, TICK))
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mlflow import MlflowClient
 from PIL import Image
 
 from jobs import evaluate, ingest, promote, train
@@ -22,7 +21,7 @@ from pipeline.config import Config, load_config, to_yaml
 from pipeline.training.checkpoint import list_checkpoints
 from pipeline.training.observers import read_log
 from tests.faults import starts
-from tests.mlflow_server import mlflow_server
+from tests.mlflow_server import check_one_run, mlflow_server
 from tests.servers import S3Server
 from tests.small import SMALL_SETTINGS, small_pictures
 
@@ -90,12 +89,8 @@ def test_first_light(s3: S3Server, ray_address: str, tmp_path: Path) -> None:
         assert list_checkpoints(config.run_uri, config.storage)[-1] == 1200
         log = read_log(config.run_uri, config.storage)
         assert [line["images_seen"] for line in log] == list(range(0, 1201, 80))
-        client = MlflowClient(server.uri)
-        (experiment,) = [e for e in client.search_experiments() if e.name == config.tracking.experiment]
-        (run,) = client.search_runs([experiment.experiment_id])
-        assert (run.info.run_id, run.info.status) == (trained.tracking_run, "FINISHED")
-        steps = {metric.step for metric in client.get_metric_history(run.info.run_id, "loss/D")}
-        assert steps == set(range(80, 1201, 80))
+        run = check_one_run(config, range(80, 1201, 80))
+        assert run.info.run_id == trained.tracking_run
         assert run.data.params["train.batch_size"] == "8"
         assert run.inputs.dataset_inputs[0].dataset.digest == report.digest[:36]
 
