@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.cluster.resources import one_worker, remedy, room, shortage, worker_resources
+from pipeline.cluster.resources import is_busy, one_worker, remedy, room, shortage, worker_resources
 from pipeline.config import ClusterConfig, ConfigError, load_config
 
 GPU_WORKERS = ClusterConfig(workers=4, use_gpu=True, cpus_per_worker=8)
@@ -30,6 +30,12 @@ def test_a_shortage_says_what_is_asked_for_and_what_there_is() -> None:
     )
     elastic = GPU_WORKERS.model_copy(update={"min_workers": 1})
     assert shortage(elastic, [SMALL], SMALL).startswith("asked for 1 worker with")
+
+
+def test_a_cluster_is_busy_when_what_is_free_does_not_do() -> None:
+    assert not is_busy(GPU_WORKERS, LARGE)
+    assert is_busy(GPU_WORKERS, {"CPU": 36.0, "GPU": 3.0}) and is_busy(GPU_WORKERS, {"CPU": 36.0})
+    assert not is_busy(one_worker(GPU_WORKERS), {"CPU": 8.0, "GPU": 1.0})
 
 
 def test_a_remedy_names_the_settings_that_help() -> None:

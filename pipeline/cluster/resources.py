@@ -54,6 +54,11 @@ def one_worker(cluster: ClusterConfig) -> ClusterConfig:
     return cluster.model_copy(update={"workers": 1, "min_workers": None})
 
 
+def is_busy(cluster: ClusterConfig, free: Resources) -> bool:
+    """Whether what nobody uses cannot hold the fewest workers of a run."""
+    return any(free.get(kind, 0.0) < cluster.fewest_workers * each for kind, each in worker_resources(cluster).items())
+
+
 def remedy(cluster: ClusterConfig) -> str:
     """What a user can do about a shortage."""
     ways = ["add machines"]
@@ -71,12 +76,14 @@ def remedy(cluster: ClusterConfig) -> str:
 def await_room(cluster: ClusterConfig) -> None:
     """Returns when the cluster is large enough for the fewest workers of a run, whoever uses it at the moment.
 
-    An autoscaling cluster is asked for all of them meanwhile. Ray Train waits for what others use.
+    An autoscaling cluster is asked for all of them meanwhile. For what others use Ray itself waits; this only says so.
 
     Raises:
         ClusterError: it is not, after `cluster.worker_start_timeout_s`, or at once on this machine alone.
     """
     if room(cluster, nodes_alive()) >= cluster.fewest_workers:
+        if is_busy(cluster, ray.available_resources()):
+            print(f"waiting for others to give back what they use: {shortage_now(cluster)}", flush=True)
         return
     if is_local(cluster):
         raise ClusterError(

@@ -9,11 +9,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import ray
 
 from pipeline.cluster import training
 from pipeline.cluster.evaluation import evaluate_on_ray
+from pipeline.cluster.resources import await_room, one_worker
 from pipeline.cluster.search import search
-from pipeline.cluster.session import ClusterError
+from pipeline.cluster.session import ClusterError, ray_session
 from pipeline.cluster.training import train_on_ray
 from pipeline.config import Config, load_config, replaced, to_yaml
 from pipeline.data.stream import DataConfig
@@ -201,3 +203,27 @@ def test_a_cluster_that_is_too_small_is_told_in_time(
     ):
         with pytest.raises(ClusterError, match=f"after 3 s: asked for {asked}; there is room for 0"):
             asks()
+
+
+def test_a_busy_cluster_is_told(
+    folder: Path, data: DataConfig, ray_address: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ray waits for cores that others use, without a word; so each job says it before."""
+    config = config_of(folder, "busy", data, ray_address)
+    release = tmp_path / "release"
+
+    @ray.remote(num_cpus=1)
+    def hold(place: Path) -> None:
+        while not place.exists():
+            time.sleep(0.1)
+
+    with ray_session(config.cluster):
+        held = [hold.remote(release) for _ in range(2)]
+        try:
+            wait_until("two tasks that hold all cores", 60.0, lambda: not ray.available_resources().get("CPU"))
+            await_room(one_worker(config.cluster))
+        finally:
+            release.touch()
+        ray.get(held)
+    told = "waiting for others to give back what they use: asked for 1 worker with 1 CPU each; there is room for 2"
+    assert told in capfd.readouterr().out
