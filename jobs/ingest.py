@@ -1,7 +1,7 @@
 """Turns pictures into sharded Parquet with a manifest; checks and describes what is there.
 
     python -m jobs.ingest --config ffhq256 ingest.source=images1024x1024 data.uri=s3://bucket/ffhq256
-    python -m jobs.ingest --config ffhq256 ... cluster.address=auto       # on all machines of a Ray cluster
+    python -m jobs.ingest --config ffhq256 ... cluster.address=auto       # on a Ray cluster; submitted ones are anyway
     python -m jobs.ingest --config ffhq256 data.uri=s3://bucket/ffhq256 --verify
     python -m jobs.ingest --config ffhq256 data.uri=s3://bucket/ffhq256 --describe --sheet ffhq256.png
 
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from jobs.cli import FAILURE, failing_clearly, going_on, parse
 from pipeline.config import Config, ConfigError, absolute
+from pipeline.config_cluster import LOCAL, address_of
 from pipeline.data.manifest import DataError
 from pipeline.ingest.describe import Description, as_text, describe
 from pipeline.ingest.ingest import IngestConfig, IngestReport, Preview, ingest, preview
@@ -72,14 +73,15 @@ def _addresses(config: Config) -> tuple[IngestConfig, str]:
 
 
 def runner(config: Config) -> Runner:
-    """Tasks of the Ray cluster at `cluster.address`, else processes of this machine; says which."""
-    if config.cluster.address is None:
+    """Tasks of the Ray cluster at `cluster.address` or RAY_ADDRESS, else processes of this machine; says which."""
+    address = address_of(config.cluster)
+    if address == LOCAL:
         count = worker_count(config.ingest.workers)
         print(f"ingest with up to {count} process{'es' if count > 1 else ''} on this machine", flush=True)
         return run_in_processes
     from pipeline.cluster.ingest import ray_runner
 
-    print(f"ingest as tasks of the Ray cluster at {config.cluster.address}", flush=True)
+    print(f"ingest as tasks of the Ray cluster at {address}", flush=True)
     return ray_runner(config.cluster)
 
 

@@ -5,7 +5,8 @@
     python -m jobs.status s3://bucket/runs/ffhq256 --watch                 # again and again, until it has ended
     python -m jobs.status runs/demo --json                                 # for programs
 
-A run is stalled when its last tick is much older than one takes. Ages trust the clocks of both machines.
+A run is starting, running, restarting, stalled (its last tick is much older than one takes), ended, stopped (MLflow was
+told of an end before its time) or unknown (an old log without times). Ages trust the clocks of both machines.
 """
 
 import argparse
@@ -135,7 +136,9 @@ def _restarts(found: dict[str, Any]) -> Rows:
     restarts = found["restarts"]
     rows = [("restarts", str(len(restarts)))]
     for restart in restarts[-5:]:
-        stamp = datetime.fromtimestamp(restart["time"], UTC).strftime("%Y-%m-%d %H:%M:%S ") if "time" in restart else ""
+        stamp = (
+            datetime.fromtimestamp(restart["time"], UTC).strftime("%Y-%m-%d %H:%M:%S UTC ") if "time" in restart else ""
+        )
         rows.append(("", f"{stamp}{restart['cause']}"))
     return rows
 

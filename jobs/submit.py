@@ -9,7 +9,8 @@ What is not listed below is the job's own, and is checked here before anything i
 JOB-RUN-ATTEMPT: while one goes on, the same is refused; once it has ended, the same command continues the run as its
 next attempt. The project's folder travels without data, .git and environments. Credentials stay here: give the nodes a
 role, or name variables with --pass-env, knowing that the cluster shows them to all who may use it. Ctrl-C asks whether
-to stop the job or to leave its log; where nobody can be asked the job goes on.
+to stop the job or to leave its log; where nobody can be asked the job goes on. Jobs join the cluster that they run on:
+cluster.address need not be given.
 """
 
 import argparse
@@ -57,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if args.list or args.status or args.stop or args.logs:
+        if args.dry_run:
+            parser.error(
+                "--dry-run: expected a job to submit; --list, --status, --logs and --stop have nothing to rehearse"
+            )
         if rest:
             parser.error(f"{rest[0]}: expected nothing beside --list, --status, --stop or --logs but --address")
         sys.exit(_manage(args))
@@ -130,7 +135,7 @@ def _submit(job: str, arguments: Sequence[str], args: argparse.Namespace) -> int
     except ClusterError as cause:
         if not args.dry_run:
             raise
-        print(f"note: as the first attempt, on this machine alone, for {cause}", file=sys.stderr)
+        print(f"note: {cause}\nShown as the run's first attempt, on a cluster of this machine alone", file=sys.stderr)
     else:
         others = places.elsewhere(submission.nodes(args.address))
         name = submission.free_name(client, job, run, arguments, args.address)

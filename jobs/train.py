@@ -52,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{result['metric']} {result['value']:.2f}")
     if done.version:
         print(f"registered {config.tracking.model_name} version {done.version} (MLflow run {done.tracking_run})")
-        print(f"make it the champion: python -m jobs.promote --config {args.config} {' '.join(args.overrides)}")
+        if done.outcome.results:
+            print(f"make it the champion: python -m jobs.promote --config {args.config} {' '.join(args.overrides)}")
+        else:
+            print("it carries no distance, so jobs.promote cannot compare it: set train.evaluate_kimg for one")
 
 
 def run(config: Config) -> Trained:

@@ -5,7 +5,10 @@
     python -m jobs.tune --config demo --space patches --dry-run              # the list of trials
 
 A space is a YAML file: `space: {train.patch.size: [16, 32], train.learning_rate: [0.001, 0.002]}`. Trials are
-compared by tune.metric at equal images seen; in MLflow they are child runs of one parent.
+compared by tune.metric at equal images seen; in MLflow they are child runs of one parent. Trial 3 of a search named
+NAME is the run NAME-003 in run.dir, with its pictures and checkpoints, and `python -m jobs.status` tells how far it is.
+No model is registered; to train a trial further, give jobs.train its settings, its run.name and a larger
+train.total_kimg.
 """
 
 import argparse
@@ -26,7 +29,10 @@ def _space(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     config, args = parse(__doc__, argv, _space)
     if not config.tune.space:
-        raise ConfigError("there is nothing to try: give --space, or tune.space in the config")
+        raise ConfigError(
+            "tune.space is empty: expected settings with values to try; give --space (patches, or a YAML file), or set "
+            "tune.space in the config"
+        )
     if args.dry_run:
         print(summary_table(config.model, config.train.patch.size))
         for number, point in enumerate(trials(config)):

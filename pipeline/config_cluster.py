@@ -3,11 +3,14 @@
 Plain data, so it lives beside `pipeline.config` and not in `pipeline.cluster`, which imports Ray.
 """
 
+import os
 from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from pipeline.schema import Section
+
+LOCAL = "local"
 
 
 class ClusterConfig(Section):
@@ -16,7 +19,8 @@ class ClusterConfig(Section):
     backend: Literal["ray", "local"] = "ray"
     """ray: Ray Train workers, restarted after failures; local: one worker in this process, without Ray."""
     address: str | None = None
-    """Ray cluster to join (`auto`, or ray://HOST:10001); empty starts Ray on this machine."""
+    """Ray cluster to join (`auto`: the one that this machine belongs to); empty takes RAY_ADDRESS, which submitted jobs
+    have, else this machine alone."""
     workers: PositiveInt = 1
     """Workers that share the global batch; changes speed, not the result."""
     min_workers: PositiveInt | None = None
@@ -57,3 +61,8 @@ class ClusterConfig(Section):
         if self.fewest_workers > self.workers:
             raise ValueError(f"min_workers is {self.min_workers}: expected at most cluster.workers ({self.workers})")
         return self
+
+
+def address_of(cluster: ClusterConfig) -> str:
+    """`cluster.address`, else RAY_ADDRESS, else `local`: a cluster of this machine's own."""
+    return cluster.address or os.environ.get("RAY_ADDRESS") or LOCAL

@@ -1,6 +1,7 @@
 """Fixtures that several rooms share."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,9 @@ from tests.servers import S3Server, s3_server
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
 
+# A shell starts what it puts in the background deaf to Ctrl-C, and all its children inherit that; tests press it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Ray reads its token mode once a process: a cluster with another mode than the first loses its actors. So it is set for
 # all tests; those with tokens have processes of their own.

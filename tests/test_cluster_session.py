@@ -4,8 +4,9 @@ import os
 
 import pytest
 
-from pipeline.cluster.session import ELASTIC_TRY_S, address_of, is_local, set_timeouts
+from pipeline.cluster.session import ELASTIC_TRY_S, is_local, set_timeouts
 from pipeline.config import ClusterConfig
+from pipeline.config_cluster import address_of
 
 PREFIX = "RAY_TRAIN_"
 

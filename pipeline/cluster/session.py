@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import ray
 
 from pipeline.config import ClusterConfig
+from pipeline.config_cluster import LOCAL, address_of
 
 ELASTIC_TRY_S = 10.0
 
@@ -16,14 +17,9 @@ class ClusterError(RuntimeError):
     """The cluster could not be reached, or a job on it failed."""
 
 
-def address_of(cluster: ClusterConfig) -> str:
-    """`cluster.address`, else RAY_ADDRESS, else `local`: a cluster of this machine's own."""
-    return cluster.address or os.environ.get("RAY_ADDRESS") or "local"
-
-
 def is_local(cluster: ClusterConfig) -> bool:
     """Whether the cluster is this machine alone, started by this process."""
-    return address_of(cluster) == "local"
+    return address_of(cluster) == LOCAL
 
 
 def set_timeouts(cluster: ClusterConfig) -> None:
@@ -54,12 +50,12 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
         return
     address = address_of(cluster)
     try:
-        if address == "local":
+        if address == LOCAL:
             # Two workers fit a machine of one core too, only slower.
             needed = cluster.workers * cluster.cpus_per_worker
             print(f"starting Ray on this machine for {cluster.workers} workers", flush=True)
             ray.init(
-                address="local",
+                address=LOCAL,
                 num_cpus=max(os.cpu_count() or 1, needed),
                 include_dashboard=False,
                 log_to_driver=False,

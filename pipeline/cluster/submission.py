@@ -186,7 +186,10 @@ def stop(client: Client, job: JobDetails) -> JobDetails:
     deadline = time.monotonic() + STOP_S
     while not (details := client.get_job_info(job.submission_id)).status.is_terminal():
         if time.monotonic() > deadline:
-            raise ClusterError(f"{job.submission_id} is still {details.status} {STOP_S:g} s after it was asked to stop")
+            raise ClusterError(
+                f"{job.submission_id} is still {details.status} {STOP_S:g} s after it was asked to stop; ask again "
+                f"with --stop, or see what it does with --logs {job.submission_id}"
+            )
         time.sleep(0.5)
     return details
 

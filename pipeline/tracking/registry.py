@@ -193,7 +193,7 @@ def promote(uri: str, model_name: str, version: str) -> Promotion:
         if not results:
             raise TrackingError(
                 f"version {version} of {model_name!r} carries no distance, so it cannot be compared; "
-                "evaluate the generator before it is logged"
+                "train with train.evaluate_kimg set (a run that has ended: together with a larger train.total_kimg)"
             )
         champion = _holder(client, model_name, CHAMPION)
         if champion is None or champion.version == candidate.version:

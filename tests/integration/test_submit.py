@@ -166,6 +166,7 @@ def test_a_job_runs_on_the_cluster_and_its_log_comes_here(head: Head, tmp_path: 
     done = head.submit("ingest", *settings)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "submitted ingest-demo-1 to" in done.stdout
+    assert "ingest as tasks of the Ray cluster at " in done.stdout, "on all machines, not the head alone"
     assert "wrote 40 pictures" in done.stdout and "ingest-demo-1 SUCCEEDED" in done.stdout
     assert (tmp_path / "data" / "manifest.json").exists()
 
