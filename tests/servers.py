@@ -22,12 +22,19 @@ READY_DEADLINE_S = 60.0
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now. All are held open together, so that no two are the same."""
+    """Ports that nobody uses now. All are held together, so that no two are the same.
+
+    They lie below those that Linux deals out by itself (32768 on) and above Ray's (10000 to 19999), so that nobody is
+    given one before its server starts, or while that is away.
+    """
+    found: list[int] = []
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        while len(found) < count:
+            one, port = stack.enter_context(socket.socket()), 20_000 + secrets.randbelow(12_000)
+            with contextlib.suppress(OSError):
+                one.bind(("127.0.0.1", port))
+                found.append(port)
+    return found
 
 
 @dataclass

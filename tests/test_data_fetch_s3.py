@@ -86,6 +86,10 @@ def proxy(s3: S3Server) -> Iterator[FaultProxy]:
         yield proxy
 
 
+def patient(proxy: FaultProxy) -> StorageConfig:
+    return short_tempered(proxy, request_timeout_s=30, total_timeout_s=60)
+
+
 def short_tempered(proxy: FaultProxy, **changes: Any) -> StorageConfig:
     values = {"endpoint": proxy.endpoint, "request_timeout_s": 0.3, "total_timeout_s": 20} | changes
     return StorageConfig.model_validate(values)
@@ -93,6 +97,14 @@ def short_tempered(proxy: FaultProxy, **changes: Any) -> StorageConfig:
 
 @pytest.fixture
 def fetcher(folder: str, proxy: FaultProxy) -> Iterator[Fetcher]:
+    """One that counts: no moment in which the machine is busy makes it ask twice."""
+    one = Fetcher(folder, patient(proxy), 4)
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def hasty(folder: str, proxy: FaultProxy) -> Iterator[Fetcher]:
     one = Fetcher(folder, short_tempered(proxy), 4)
     yield one
     one.close()
@@ -191,7 +203,7 @@ def test_what_was_broken_off_is_not_returned_and_never_as_ciphertext(
     break_off = fetch_s3._break_off
     monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
     with fault_proxy(s3.endpoint, encrypting(certificate) if encrypted else None) as proxy:
-        fetcher = Fetcher(folder, short_tempered(proxy, request_timeout_s=30, total_timeout_s=60), 1)
+        fetcher = Fetcher(folder, patient(proxy), 1)
         monkeypatch.setattr(http.client.HTTPConnection, "getresponse", get_head_and_end)
         monkeypatch.setattr(http.client.HTTPResponse, "read", read_and_keep)
         if ended_by == "close":
@@ -247,13 +259,13 @@ FAULTS = [
 
 @pytest.mark.integration
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.kind}-{fault.share or fault.status}")
-def test_one_fault_is_survived(fetcher: Fetcher, proxy: FaultProxy, fault: Fault) -> None:
+def test_one_fault_is_survived(hasty: Fetcher, proxy: FaultProxy, fault: Fault) -> None:
     proxy.plan([fault])
     began = time.monotonic()
-    assert fetcher.read("file", START, LENGTH) == CONTENT[START : START + LENGTH]
+    assert hasty.read("file", START, LENGTH) == CONTENT[START : START + LENGTH]
     assert time.monotonic() - began < 9, "longer than storage.request_timeout_s explains"
     assert proxy.pending == 0, "the fault did not happen"
-    assert fetcher.read("file", 0, 10) == CONTENT[:10], "the connection was left in disorder"
+    assert hasty.read("file", 0, 10) == CONTENT[:10], "the connection was left in disorder"
     assert {request.method for request in proxy.requests} == {"GET"}
 
 
@@ -320,7 +332,7 @@ def test_what_is_missing_or_forbidden_is_asked_for_once(
     with pytest.raises(MissingError, match="data/absent: nothing is stored"):
         fetcher.read("absent", 0, 10)
     assert fetcher.requests == 1
-    storage = short_tempered(proxy)
+    storage = patient(proxy)
     for uri, words in (
         ("s3://no-such-bucket/data", "no bucket 'no-such-bucket'.*create it"),
         (folder, "refused access"),
@@ -355,19 +367,19 @@ def test_a_service_that_gives_no_parts_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.integration
 def test_close_ends_a_read_that_hangs(folder: str, proxy: FaultProxy) -> None:
-    patient = Fetcher(folder, StorageConfig(endpoint=proxy.endpoint), 2)
+    waiter = Fetcher(folder, StorageConfig(endpoint=proxy.endpoint), 2)
     proxy.plan([Fault("stall")] * 10)
     with ThreadPoolExecutor(2) as pool:
-        hanging = [pool.submit(patient.read, "file", 0, 1000) for _ in range(2)]
+        hanging = [pool.submit(waiter.read, "file", 0, 1000) for _ in range(2)]
         assert proxy.stalled.wait(timeout=20)
         began = time.monotonic()
-        patient.close()
+        waiter.close()
         for one in hanging:
             with pytest.raises(ClosedError):
                 one.result(timeout=10)
     assert time.monotonic() - began < 5
     with pytest.raises(ClosedError):
-        patient.read("file", 0, 1000)
+        waiter.read("file", 0, 1000)
 
 
 @pytest.mark.integration
@@ -377,13 +389,13 @@ def test_close_ends_a_read_that_pauses_between_attempts(
     monkeypatch.setattr(fetch_s3, "FIRST_WAIT_S", 1e6)
     monkeypatch.setattr(fetch_s3, "LONGEST_WAIT_S", 1e6)
     pausing = threading.Event()
-    patient = Fetcher(folder, StorageConfig(endpoint=proxy.endpoint, total_timeout_s=1e9), 2)
-    patient._source._retrying.before_sleep = lambda state: pausing.set()  # type: ignore[union-attr]
+    waiter = Fetcher(folder, StorageConfig(endpoint=proxy.endpoint, total_timeout_s=1e9), 2)
+    waiter._source._retrying.before_sleep = lambda state: pausing.set()  # type: ignore[union-attr]
     proxy.plan([Fault("status")])
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(patient.read, "file", 0, 1000)
+        waiting = pool.submit(waiter.read, "file", 0, 1000)
         assert pausing.wait(timeout=20)
-        patient.close()
+        waiter.close()
         with pytest.raises(ClosedError):
             waiting.result(timeout=10)
 
@@ -393,7 +405,7 @@ def test_a_long_trouble_is_told_once(
     folder: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(fetch_s3, "FIRST_WAIT_S", 0.001)
-    fetcher = Fetcher(folder, short_tempered(proxy), 1)
+    fetcher = Fetcher(folder, patient(proxy), 1)
     proxy.plan([Fault("status")] * 7)
     assert fetcher.read("file", 0, 10) == CONTENT[:10]
     assert [record.getMessage().startswith(f"{proxy.endpoint} keeps failing (503 ") for record in caplog.records] == [

@@ -362,7 +362,7 @@ def test_waiting_is_measured(uri: str, manifest: Manifest, monkeypatch: pytest.M
     monkeypatch.setattr(stream_module, "training_views", slow)
     with DataStream(manifest, settings(uri), STORAGE, seed=1, batch_size=BATCH, positions=range(BATCH)) as stream:
         assert stream.wait_seconds == 0
-        threading.Timer(0.3, release.set).start()
+        threading.Timer(1.0, release.set).start()
         began = time.perf_counter()
         next(stream)
         elapsed = time.perf_counter() - began

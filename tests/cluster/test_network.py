@@ -291,7 +291,7 @@ def test_machines_train_as_one_though_one_dies_and_one_is_cut_off(site: Site, un
 
     # Back on the network it learns that it was given up, and ends; it has written over nothing.
     cut.plug()
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 180  # as long as TCP may pause before it tries again
     while workers_on(cut):
         assert time.monotonic() < deadline, f"the node still works for a run that ended\n{cut.processes()}"
         time.sleep(0.2)

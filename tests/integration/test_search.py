@@ -33,7 +33,7 @@ def test_a_grid_search(tmp_path: Path) -> None:
     with ray_nodes(1, cpus=1) as address:  # a trial that took the CPU for itself would wait for ever
         command = [sys.executable, "-m", "jobs.tune", "--config", f"{tmp_path}/grid.yaml", *settings]
         command.append(f"cluster.address={address}")
-        search = subprocess.run(command, capture_output=True, text=True, timeout=250)
+        search = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert search.returncode == 0, search.stdout + search.stderr
     printed = search.stdout
     rows = [line.split() for line in printed.splitlines() if line.startswith("grid-0")]

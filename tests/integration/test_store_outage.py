@@ -32,6 +32,7 @@ from tests.proxy import Fault, FaultProxy, Request, fault_proxy
 from tests.servers import S3Server, s3_server
 from tests.small import SMALL_SETTINGS, small_data, small_pictures, small_plan
 from tests.small_disk import fill, small_disk
+from tests.test_training_checkpoint_writer import writing_threads
 from tests.test_training_loop import Watcher, run
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -212,6 +213,8 @@ class At64(Watcher):
     def tick(self, tick: Tick) -> None:
         super().tick(tick)
         if tick.images_seen == 64:
+            for thread in writing_threads():  # the checkpoint before it is not to be hit
+                thread.join()
             self.action()
 
 
