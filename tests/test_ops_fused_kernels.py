@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.ops.fused_triton import ELEMENTS, FULL_TILES, HALF_TILES, Tile
+from pipeline.ops.fused_triton import ELEMENTS, FULL_TILES, HALF_TILES, NARROW_TILES, TF32_TILES, Tile
 
 triton = pytest.importorskip("triton", reason="needs Triton: Linux only")
 
@@ -44,7 +44,7 @@ def compiled(kernel: Any, tensors: dict[str, str], constants: dict[str, Any], wa
     return triton.compile(source, target=target, options=options)
 
 
-def product_for_hopper(tile: Tile, dtype: str, shared: bool) -> Any:
+def product_for_hopper(tile: Tile, dtype: str, shared: bool, precision: str = "ieee") -> Any:
     from pipeline.ops.fused_kernels import product_kernel
 
     sides = {
@@ -56,7 +56,7 @@ def product_for_hopper(tile: Tile, dtype: str, shared: bool) -> Any:
         name: f"tensordesc<{dtype}[1, {rows}, {columns}]>" if tile.bulk else f"*{dtype}"
         for name, (rows, columns) in sides.items()
     }
-    constants = dict(SHARED=shared, BULK=tile.bulk, HAS_BIAS=True, HAS_NOISE=True, PRECISION="ieee")
+    constants = dict(SHARED=shared, BULK=tile.bulk, HAS_BIAS=True, HAS_NOISE=True, PRECISION=precision)
     blocks = dict(BLOCK_P=tile.pixels, BLOCK_O=tile.channels_out, BLOCK_I=tile.channels_in)
     tensors |= {"bias": "*fp32", "noise": "*fp32"}
     return compiled(product_kernel, tensors, constants | blocks, tile.warps, tile.stages)
@@ -83,6 +83,15 @@ def test_half_precision_runs_on_hopper_s_matrix_units(tile: Tile, shared: bool, 
     assert kernel.metadata.shared >= tile.stages * (tile.pixels + tile.channels_out) * tile.channels_in * 2
     assert kernel.metadata.shared <= LARGEST_SHARED
     assert stack_bytes(kernel, tmp_path) == 0
+
+
+EVERY_TILE = [(tile, "bf16", "ieee") for tile in (*HALF_TILES, *NARROW_TILES)]
+EVERY_TILE += [(tile, "fp32", "ieee") for tile in FULL_TILES] + [(tile, "fp32", "tf32") for tile in TF32_TILES]
+
+
+@pytest.mark.parametrize(("tile", "dtype", "precision"), EVERY_TILE)
+def test_every_tile_that_is_tried_has_code(tile: Tile, dtype: str, precision: str) -> None:
+    assert product_for_hopper(tile, dtype, False, precision).metadata.shared <= LARGEST_SHARED
 
 
 def test_float32_is_never_rounded_to_tf32() -> None:

@@ -157,16 +157,25 @@ def test_autocast_rounds_the_weights_once(shared: bool) -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_autocast_gradients_are_float32_and_near(shared: bool) -> None:
+@pytest.mark.parametrize("slope", [1.0, 0.2])
+def test_autocast_gradients_are_float32_and_near(shared: bool, slope: float) -> None:
     arguments = inputs(torch.float32, shared)
     with torch.autocast("cpu", torch.bfloat16):
-        y = modulated_linear(*arguments)
+        y = modulated_linear(*arguments, slope=slope)
     weight = torch.randn(y.shape)
     gradients = torch.autograd.grad(y, arguments, weight.to(y.dtype))
-    exact = torch.autograd.grad(modulated_linear_reference(*arguments), arguments, weight)
+    exact = torch.autograd.grad(modulated_linear_reference(*arguments, slope=slope), arguments, weight)
     for a, b in zip(gradients, exact, strict=True):
         assert a.dtype == torch.float32
-        assert relative(a, b) < 0.03
+        assert_near_in_bf16(a, b, slope)
+
+
+def assert_near_in_bf16(gradient: Tensor, exact: Tensor, slope: float) -> None:
+    """Each number, without a kink; with one in their sum, for rounding changes the sign of a few next to zero."""
+    if slope == 1.0:
+        assert relative(gradient, exact) < 0.03
+    else:
+        assert (gradient - exact).norm() < 0.1 * exact.norm()  # 0.05 was seen
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -231,4 +240,7 @@ def test_cuda_equals_equation_2_in_float64(
     weights = [torch.randn_like(other) for other in reference]
     found = torch.autograd.grad(fast, arguments, [weight.to("cuda", dtype) for weight in weights])
     for one, other in zip(found, torch.autograd.grad(reference, exact, weights), strict=True):
-        assert relative(one.cpu().double(), other) < tolerance
+        if dtype == torch.bfloat16:
+            assert_near_in_bf16(one.cpu().double(), other, slope)
+        else:
+            assert relative(one.cpu().double(), other) < tolerance

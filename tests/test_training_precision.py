@@ -6,6 +6,7 @@ import torch
 from pipeline.training import precision
 from pipeline.training.precision import (
     agreed_precision,
+    forbid_tf32_for,
     native_bf16,
     precision_sentence,
     resolve_precision,
@@ -37,3 +38,11 @@ def test_the_sentence_gives_the_reason(
 ) -> None:
     monkeypatch.setattr(precision, "native_bf16", lambda device: processor)
     assert precision_sentence(setting, CPU, agreed) == f"matrix products in {sentence}"
+
+
+def test_fp32_is_no_tf32_in_convolutions_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    forbid_tf32_for(torch.bfloat16)
+    assert torch.backends.cudnn.allow_tf32
+    forbid_tf32_for(torch.float32)
+    assert not torch.backends.cudnn.allow_tf32

@@ -19,6 +19,7 @@ from pipeline.ops.allocation import keep_freed_memory
 from pipeline.storage import StorageConfig
 from pipeline.training import phases as phase
 from pipeline.training.phases import Phases, unwatched
+from pipeline.training.precision import forbid_tf32_for
 from pipeline.training.settings import TrainConfig
 from pipeline.training.state import TrainState, adam, build_state
 from pipeline.training.step import Updates
@@ -93,7 +94,9 @@ def measure_updates(case: Case, world: World, device: torch.device) -> Measured:
         waited = stream.wait_seconds - waited if stream else 0.0
     phases, visits = clock.seconds(), clock.visits()
     seconds = per_update(phases, visits[phase.D_R1], case.updates, case.train.r1_interval)
-    seconds[OTHER] = max(0.0, wall - sum(phases.values()) - waited) / case.updates
+    rest = max(0.0, wall - sum(phases.values()))
+    waited = min(waited, rest)  # what CUDA computed while this process waited for data is no wait
+    seconds[OTHER] = (rest - waited) / case.updates
     if stream is not None:
         seconds[DATA_WAIT] = waited / case.updates
     precision = "bf16" if updates.precision == torch.bfloat16 else "fp32"
@@ -120,7 +123,10 @@ def quiet_updates(case: Case, world: World, device: torch.device, phases: Phases
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         use_generator(state, reference_of(case.model), train, device)
     with contextlib.redirect_stdout(io.StringIO()):
-        return Updates(train, case.model, case.seed, state, world, device, phases)
+        updates = Updates(train, case.model, case.seed, state, world, device, phases)
+    if not case.reference:
+        forbid_tf32_for(updates.precision)
+    return updates
 
 
 def reference_of(model: ModelConfig) -> nn.Module:

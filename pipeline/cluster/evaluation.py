@@ -45,14 +45,16 @@ def meter_of(config: Config, device: torch.device, part: int = 0, parts: int = 1
 
 
 def _moments(settings: dict[str, Any], generator: Generator | None, part: int, parts: int) -> tuple[bool, Moments]:
-    """One task: moments of a part of the generated pictures, or of the real ones where there is no generator."""
+    """One task: moments of a part of the generated pictures, or of the real ones where there is no generator.
+
+    They leave the GPU here, for the machine that they go to may have none.
+    """
     config = Config.model_validate(settings)
     torch.set_num_threads(config.cluster.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     meter = meter_of(config, device, part, parts)
-    if generator is None:
-        return False, meter.real_part()
-    return True, meter.generated_part(generator.to(device))
+    part_of = meter.real_part() if generator is None else meter.generated_part(generator.to(device))
+    return generator is not None, Moments.from_arrays(part_of.to_arrays())
 
 
 def _gathered(waiting: list[ray.ObjectRef]) -> tuple[Moments, Moments | None]:

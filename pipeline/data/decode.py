@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.data.picture import READABLE
-from pipeline.data.views import Augmentation, Views, turned_
+from pipeline.data.views import Augmentation, Views, on_device, turned_
 from pipeline.packages import MissingPackageError
 
 DecoderName = Literal["dali", "turbo", "pillow"]
@@ -69,7 +69,7 @@ class PillowDecoder:
         pixels_BHWC = _empty(len(encoded), self._kind)
         for position, one in enumerate(encoded):
             pixels_BHWC[position] = _cut(_open(position, one, self._kind), self._kind, views, position)
-        return turned_(torch.from_numpy(pixels_BHWC).to(self._device), views)
+        return turned_(on_device(torch.from_numpy(pixels_BHWC), self._device), views)
 
     def close(self) -> None:
         pass
@@ -91,7 +91,7 @@ class TurboDecoder:
         # In order, so that the first bad picture is blamed whichever thread met one first.
         for _ in self._pool.map(decode, parts) if self._pool else map(decode, parts):
             pass
-        return turned_(torch.from_numpy(pixels_BHWC).to(self._device), _still_to_turn(views))
+        return turned_(on_device(torch.from_numpy(pixels_BHWC), self._device), _still_to_turn(views))
 
     def _decode_part(
         self, encoded: Sequence[np.ndarray], views: Views, pixels_BHWC: np.ndarray, part: Iterable[int]
@@ -244,7 +244,12 @@ def _dali_pipeline(kind: Augmentation, batch_size: int, threads: int, device: to
     )
     with pipeline:
         encoded = fn.external_source(name="encoded", batch=True, dtype=types.UINT8, ndim=1)
-        pictures = fn.decoders.image(encoded, device="mixed" if cuda else "cpu", output_type=types.RGB)
+        pictures = fn.decoders.image(
+            encoded,
+            device="mixed" if cuda else "cpu",
+            output_type=types.RGB,
+            jpeg_fancy_upsampling=True,  # of chroma, on a GPU as on a CPU: evaluation and training see the same pixels
+        )
         if kind.crop:
             corners = fn.external_source(name="corners", batch=True, dtype=types.INT32, ndim=1)
             square = fn.slice(pictures, start=corners, shape=[kind.size, kind.size], axis_names="WH")

@@ -81,6 +81,11 @@ def _corners(
     return found.numpy().astype(np.int32)
 
 
+def on_device(host: Tensor, device: torch.device) -> Tensor:
+    """A copy on a GPU, in the order of its stream; from pageable memory it would wait for all that training queued."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
 def turned_(pictures_BHWC: Tensor, views: Views) -> Tensor:
     """Turns and mirrors a batch in place; all pictures are squares where any is turned."""
     if views.turns_B is not None:
@@ -96,7 +101,7 @@ def _move_(pictures: Tensor, chosen_B: np.ndarray, move: Callable[[Tensor], Tens
     """Applies `move` to the chosen pictures: one by one on a CPU, where indexing copies slowly, else at once."""
     numbers = np.flatnonzero(chosen_B)
     if pictures.is_cuda:
-        where = torch.from_numpy(numbers).to(pictures.device)
+        where = on_device(torch.from_numpy(numbers), pictures.device)
         pictures[where] = move(pictures[where])
         return
     for number in numbers.tolist():

@@ -252,13 +252,13 @@ def _chosen(launch: Callable[[Tile], None], x_BPI: Tensor, weight_BIO: Tensor, y
 
 
 def _seconds(launch: Callable[[Tile], None], tile: Tile) -> float:
-    """Of TRIALS launches; infinite for a tile that this device has no room for."""
-    from triton.runtime.errors import OutOfResources
+    """Of TRIALS launches; infinite for a tile that this device has no room for, or no code."""
+    from triton.runtime.errors import OutOfResources, PTXASError
 
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     try:
         launch(tile)  # compiles
-    except OutOfResources:
+    except (OutOfResources, PTXASError):
         return math.inf
     start.record()
     for _ in range(TRIALS):

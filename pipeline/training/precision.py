@@ -32,6 +32,12 @@ def agreed_precision(setting: str, device: torch.device, world: World) -> torch.
     return torch.bfloat16 if int(votes.item()) == world.size else torch.float32
 
 
+def forbid_tf32_for(agreed: torch.dtype) -> None:
+    """Keeps cuDNN from computing convolutions in TF32, which torch allows by default, where fp32 was agreed on."""
+    if agreed == torch.float32:
+        torch.backends.cudnn.allow_tf32 = False
+
+
 def precision_sentence(setting: str, device: torch.device, agreed: torch.dtype) -> str:
     """What was chosen and why, for the top of a run's output."""
     if resolve_precision(setting, device) != agreed:
