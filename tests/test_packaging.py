@@ -68,6 +68,8 @@ def test_pins_are_exact_and_name_no_place() -> None:
         "3.17.2",
         "25.0.1",
     )
+    # torch's CUDA build takes no other Triton, which no machine without a GPU would notice.
+    assert PINS["triton"] == {"2.13.0": "3.7.1"}[PINS["torch"]]
     assert "torchvision" not in PINS
 
 
