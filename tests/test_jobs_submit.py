@@ -111,7 +111,17 @@ def test_all_jobs_can_be_submitted_but_submission_and_what_asks_storage() -> Non
 # ---- without a cluster ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [[], ["trian"], ["--config", "demo"], ["--list", "train"], ["--list", "--stop", "x"]])
+WRONG = [
+    [],
+    ["trian"],
+    ["--config", "demo"],
+    ["--list", "train"],
+    ["--list", "--stop", "x"],
+    ["--stop", "x", "--dry-run"],
+]
+
+
+@pytest.mark.parametrize("words", WRONG)
 def test_a_command_line_that_asks_for_nothing_sensible_ends_with_code_2(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,8 +53,8 @@ def _moments(settings: dict[str, Any], generator: Generator | None, part: int, p
     torch.set_num_threads(config.cluster.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     meter = meter_of(config, device, part, parts)
-    part_of = meter.real_part() if generator is None else meter.generated_part(generator.to(device))
-    return generator is not None, Moments.from_arrays(part_of.to_arrays())
+    moments = meter.real_part() if generator is None else meter.generated_part(generator.to(device))
+    return generator is not None, Moments.from_arrays(moments.to_arrays())
 
 
 def _gathered(waiting: list[ray.ObjectRef]) -> tuple[Moments, Moments | None]:
