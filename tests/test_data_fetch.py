@@ -1,5 +1,4 @@
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.fetch import ClosedError, Fetcher, TruncatedError, truncated
+from pipeline.data.fetch import Fetcher
+from pipeline.data.fetch_errors import ClosedError, TruncatedError
 from pipeline.storage import MissingError, StorageConfig, StorageError
 
 STORAGE = StorageConfig()
@@ -68,11 +68,6 @@ def test_no_file_stays_open_and_nothing_is_read_after_close(folder: Path) -> Non
     fetcher.close()
     with pytest.raises(ClosedError, match="closed"):
         fetcher.read("deep/file", 0, 10)
-
-
-def test_an_error_survives_the_way_between_processes() -> None:
-    error = pickle.loads(pickle.dumps(truncated("s3://b/k", 4, 6, 7)))
-    assert str(error) == "s3://b/k: has 7 bytes, fewer than the 10 needed; restore it from a copy" and error.size == 7
 
 
 def test_local_data_do_without_the_clients_of_s3(folder: Path) -> None:

@@ -18,7 +18,8 @@ import pyarrow.fs as pafs
 import pytest
 
 from pipeline.data import fetch_s3
-from pipeline.data.fetch import ClosedError, Fetcher, TruncatedError
+from pipeline.data.fetch import Fetcher
+from pipeline.data.fetch_errors import ClosedError, TruncatedError
 from pipeline.storage import MissingError, StorageConfig, StorageError, write_bytes
 from tests.proxy import Fault, FaultProxy, fault_proxy
 from tests.servers import S3Server, free_ports

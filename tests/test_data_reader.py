@@ -14,7 +14,8 @@ import pytest
 
 from pipeline.data import reader as reader_module
 from pipeline.data.cache import DiskCache
-from pipeline.data.fetch import ClosedError, Fetcher
+from pipeline.data.fetch import Fetcher
+from pipeline.data.fetch_errors import ClosedError
 from pipeline.data.manifest import DataError, Manifest, read_manifest
 from pipeline.data.reader import DamagedGroup, Reader, Rows
 from pipeline.storage import StorageConfig, StorageError, delete, read_bytes, write_bytes

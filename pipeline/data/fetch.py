@@ -9,23 +9,11 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.storage import StorageConfig, StorageError, explained, fsspec_filesystem, is_remote, join
+from pipeline.data.fetch_errors import ClosedError, truncated
+from pipeline.storage import StorageConfig, explained, fsspec_filesystem, is_remote, join
 
 if TYPE_CHECKING:
     from pipeline.data.fetch_s3 import S3Ranges
-
-
-class TruncatedError(StorageError):
-    """A file ends before the bytes that were asked for."""
-
-    def __init__(self, message: str, size: int | None = None) -> None:
-        super().__init__(message)
-        self.size = size
-        """Of the file in bytes, where the store told it."""
-
-
-class ClosedError(StorageError):
-    """The read was given up because its fetcher was closed."""
 
 
 class Fetcher:
@@ -104,9 +92,3 @@ def _read_whole(descriptor: int, offset: int, length: int, place: str) -> bytes:
             raise truncated(place, offset, length, os.fstat(descriptor).st_size)
         data += more
     return data
-
-
-def truncated(place: str, offset: int, length: int, size: int | None) -> TruncatedError:
-    """The error for a file of `size` bytes that should hold `length` bytes from `offset` on."""
-    held = "has fewer" if size is None else f"has {size} bytes, fewer"
-    return TruncatedError(f"{place}: {held} than the {offset + length} needed; restore it from a copy", size)

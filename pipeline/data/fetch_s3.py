@@ -25,7 +25,7 @@ import botocore.exceptions as boto  # type: ignore[import-untyped]
 import pyarrow.fs as pafs
 import tenacity
 
-from pipeline.data.fetch import ClosedError, truncated
+from pipeline.data.fetch_errors import ClosedError, truncated
 from pipeline.storage import StorageConfig, StorageError, endpoint_of, explained, fsspec_filesystem, join, region_of
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 20.0

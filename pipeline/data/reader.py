@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.cache import DiskCache
-from pipeline.data.fetch import ClosedError, Fetcher, TruncatedError
+from pipeline.data.fetch import Fetcher
+from pipeline.data.fetch_errors import ClosedError, TruncatedError
 from pipeline.data.manifest import FOOTERS_NAME, REPLACE, DataError, Manifest, check_footers
 from pipeline.storage import MissingError, StorageConfig, StorageError, join
 
