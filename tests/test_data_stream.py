@@ -371,7 +371,7 @@ def test_waiting_is_measured(uri: str, manifest: Manifest, monkeypatch: pytest.M
             time.sleep(0.001)
         before = stream.wait_seconds
         next(stream)
-        assert stream.wait_seconds - before < 0.2
+        assert stream.wait_seconds - before < 0.5
 
 
 def test_a_cache_needs_a_place_that_all_workers_find() -> None:
