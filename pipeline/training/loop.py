@@ -31,7 +31,6 @@ from pipeline.training.checkpoint import (
 )
 from pipeline.training.checkpoint_writer import CheckpointWriter
 from pipeline.training.observers import Observer, RunFolder, Tick
-from pipeline.training.precision import forbid_tf32_for
 from pipeline.training.saving import Saving
 from pipeline.training.settings import TrainConfig
 from pipeline.training.state import TrainState, build_state
@@ -154,7 +153,6 @@ class _Loop:
         self.plan, self.world, self.device, self.evaluate = plan, world, device, evaluate
         self.manifest, self.state = manifest, state
         self.updates = Updates(plan.train, plan.model, plan.seed, state, world, device)
-        forbid_tf32_for(self.updates.precision)
         folder, storage = plan.folder, plan.storage
         self.log: list[dict[str, Any]] = []
         self.observers: list[Observer] = []

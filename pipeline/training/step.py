@@ -20,7 +20,7 @@ from pipeline.training import phases as phase
 from pipeline.training.distribute import distribute, synchronise
 from pipeline.training.graphs import GraphError, record
 from pipeline.training.losses import discriminator_loss, generator_loss, r1_penalty
-from pipeline.training.precision import agreed_precision, precision_sentence
+from pipeline.training.precision import agreed_precision, forbid_tf32_for, precision_sentence
 from pipeline.training.settings import TrainConfig
 from pipeline.training.state import TrainState, average_decay
 from pipeline.training.world import World, parts_of, share_of
@@ -53,6 +53,7 @@ class Updates:
         self.parts = parts_of(self.share, model.discriminator.group, train.accumulation)
         self.size, self.patch = model.size, train.patch
         self.precision = agreed_precision(train.precision, device, world)
+        forbid_tf32_for(self.precision)
         if world.rank == 0:
             print(precision_sentence(train.precision, device, self.precision), flush=True)
         self.dtype = state.average.mean_w.dtype  # float32; float64 where tests ask for it
